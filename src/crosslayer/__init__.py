@@ -1,0 +1,41 @@
+"""Training Transformers through low-rank structure across layers.
+
+Importing the package registers its models with transformers' Auto classes. Only the command line, which has to
+answer `--help` at once, puts that off until a verb needs it; public names are loaded on first use there.
+"""
+
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = metadata.version("crosslayer")
+
+_HOME_OF = {
+    "CRNetConfig": "crosslayer.crnet",
+    "CRNetForCausalLM": "crosslayer.crnet",
+    "CRNetForSequenceClassification": "crosslayer.crnet",
+    "CRNetModel": "crosslayer.crnet",
+}
+
+_IS_COMMAND_LINE = Path(sys.argv[0]).stem in ("crosslayer", "-m")  # "-m": python -m crosslayer
+
+if TYPE_CHECKING:
+    from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetForSequenceClassification, CRNetModel
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'crosslayer' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+if not _IS_COMMAND_LINE:
+    import_module("crosslayer.crnet")
+
+__all__ = [
+    "CRNetConfig",
+    "CRNetForCausalLM",
+    "CRNetForSequenceClassification",
+    "CRNetModel",
+]

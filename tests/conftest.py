@@ -1,0 +1,61 @@
+"""What every test shares: one thread, no network, a private cache, and deprecations as errors."""
+
+import atexit
+import logging
+import os
+import shutil
+import tempfile
+
+# Before torch and transformers are imported, and inherited by every process that a test starts.
+_HF_HOME = tempfile.mkdtemp(prefix="crosslayer-tests-")
+atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
+os.environ.update(
+    HF_HOME=_HF_HOME,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+DEPRECATIONS = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+
+
+def pytest_configure(config):
+    """Deprecation warnings that our own code triggers are errors; other people's stay warnings."""
+    for category in DEPRECATIONS:
+        config.addinivalue_line("filterwarnings", rf"error::{category}:(crosslayer|test_)")
+
+
+class _Deprecations(logging.Handler):
+    """transformers announces most deprecations through its logger, not through `warnings`."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        message = record.getMessage()
+        if "deprecat" in message.lower():
+            self.messages.append(message)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecation_logged():
+    """Fails a test during which transformers logged a deprecation."""
+    handler = _Deprecations()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not handler.messages, "deprecated use of transformers: " + "; ".join(handler.messages)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
