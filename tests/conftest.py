@@ -17,8 +17,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -32,7 +32,7 @@ LLAMA_CASES = {
 }
 """What a Llama configuration may vary, read by LlamaConfig and CRNetConfig alike."""
 
-_YARN = {"original_max_position_embeddings": 8, "rope_theta": 10000.0, "factor": 4.0}
+_YARN = {"original_max_position_embeddings": 8, "rope_theta": 10000.0, "factor": 8.0}
 ROPE_CASES = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
@@ -45,7 +45,7 @@ ROPE_CASES = {
         "long_factor": [2.0 + 0.5 * i for i in range(8)],
     },
 }
-"""rope_parameters of every scaling type, with sequences of 17 tokens beyond the original length where there is one."""
+"""rope_parameters of every scaling type, most made for contexts longer than 8; a test has 17 tokens."""
 
 FACTORIZATION_CASES = {
     "cross_layer": {"rank": 7},
@@ -72,17 +72,15 @@ def config_of(case: str, **overrides) -> CRNetConfig:
     return CRNetConfig(**(SHAPE | CASES[case] | overrides))
 
 
-def model_of(case: str, model_class=CRNetForCausalLM, dtype=torch.float32, seed=0, **overrides):
+def model_of(case, model_class=CRNetForCausalLM, dtype=torch.float32, attention="sdpa", seed=0, **overrides):
     """A model in evaluation mode, every parameter of which matters: see `randomize`."""
-    config = config_of(case, **overrides)
-    torch.manual_seed(seed)
-    model = model_class._from_config(config, attn_implementation=overrides.get("attn_implementation"), dtype=dtype)
+    model = model_class._from_config(config_of(case, **overrides), attn_implementation=attention, dtype=dtype)
     return randomize(model, seed).eval()
 
 
 @torch.no_grad()
 def randomize(model, seed=0):
-    """Fills every parameter so that none is neutral: no zero B or bias, no norm of 1, beta of mixed sign and one 0."""
+    """No parameter stays neutral: no zero B or bias, no norm of 1, beta of both signs and a 0."""
     generator = torch.Generator().manual_seed(seed)
     betas = 0
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
 """How far two computations of the same number may lie apart, per dtype, and why.
 
-Errors are measured against the largest entry of the reference tensor: the rounding error of a sum scales with its
-largest terms, not with the entry in which they happen to cancel.
+Errors are measured against the largest entry of the reference tensor: the rounding error of a sum scales with
+its largest terms, not with the entry in which they happen to cancel.
 """
 
 from typing import NamedTuple
@@ -15,14 +15,14 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES = {
-    # 2^-53 = 1e-16 per operation, some thousand operations deep, through norms that may amplify: six digits to spare.
+    # 2^-53 = 1e-16 per operation, some thousand operations deep, through norms that may amplify.
     torch.float64: Tolerance(1e-10, 1e-10),
     # 2^-24 = 6e-8 per operation; sums of 48 to 130 products in another order, three layers deep.
     torch.float32: Tolerance(1e-5, 1e-6),
-    # 2^-9 = 2e-3 per operation, a dozen of them in a row; the order of roundings differs (norm weight in float32).
-    torch.bfloat16: Tolerance(3e-2, 1e-3),
-    # 2^-12 = 2e-4 per operation, as above.
-    torch.float16: Tolerance(4e-3, 1e-3),
+    # 2^-9 = 2e-3 per operation, dozens in a row: transformers' Llama is 4e-2 away from its float32 self.
+    torch.bfloat16: Tolerance(5e-2, 1e-3),
+    # 2^-12 = 2e-4 per operation: an eighth of the above.
+    torch.float16: Tolerance(6e-3, 1e-3),
 }
 
 

@@ -4,6 +4,7 @@ A flat file that imports only transformers, so that a saved checkpoint can carry
 """
 
 import re
+from dataclasses import field
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -25,8 +26,9 @@ class CRNetConfig(LlamaConfig):
             paper reports about half of the dense parameters there.
         rank_pattern (`dict[str, int]`, *optional*, defaults to `{}`):
             Ranks that differ: {regular expression over "layers.N.position": rank}, with position one of q, k, v, o,
-            gate, up, down. As in PEFT, a key matches the whole name or its end after a dot and the first match wins.
-            It speaks of low-rank linears only; a key that matches none of them is an error.
+            gate, up, down. As in PEFT, a key matches the whole name or its end after a dot. It speaks of low-rank
+            linears only. A key that matches none of them is an error, and so are two that disagree about one:
+            saving sorts the keys, so that no order among them would survive.
         first_layer_rank (`int`, *optional*):
             Rank of the first layer. None: full rank in CR-Net; in `low_rank` and `cola`, which have no full-rank
             layer, the rank used elsewhere.
@@ -61,7 +63,7 @@ class CRNetConfig(LlamaConfig):
     base_model_pp_plan = None
 
     rank: int | None = None
-    rank_pattern: dict[str, int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
     first_layer_rank: int | None = None
     factorization: Literal["cross_layer", "low_rank", "cola", "dense"] = "cross_layer"
     increment_activation: Literal["silu"] | None = None
@@ -70,11 +72,6 @@ class CRNetConfig(LlamaConfig):
     beta_trainable: bool = True
     recompute: Literal["none", "low_rank", "replay", "reversible"] = "none"
     recompute_interval: int | None = None
-
-    def __post_init__(self, **kwargs):
-        if self.rank_pattern is None:
-            self.rank_pattern = {}
-        super().__post_init__(**kwargs)
 
     def linear_shape(self, position: str) -> tuple[int, int]:
         """(in, out) features of a linear position: one of `POSITIONS`."""
@@ -108,7 +105,7 @@ class CRNetConfig(LlamaConfig):
     def validate_architecture(self):
         """Checks across fields; called at construction and before saving."""
         super().validate_architecture()
-        if self.num_attention_heads % self.num_key_value_heads != 0:
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; choose key-value heads that divide the heads."
@@ -124,9 +121,16 @@ class CRNetConfig(LlamaConfig):
                 f"increment_activation={self.increment_activation!r} belongs to factorization='cross_layer', not "
                 f"{self.factorization!r}; remove it."
             )
+        if not self.beta_epsilon > 0:
+            raise ValueError(f"beta_epsilon={self.beta_epsilon} must be above 0: it keeps b away from zero.")
         self._validate_ranks()
 
     def _validate_ranks(self):
+        for pattern in self.rank_pattern:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rank_pattern key {pattern!r} is not a regular expression: {error}.") from error
         unmatched = set(self.rank_pattern)
         for layer_idx in range(self.num_hidden_layers):
             for position in POSITIONS:
@@ -134,7 +138,12 @@ class CRNetConfig(LlamaConfig):
                 rank = self.linear_rank(layer_idx, position)
                 if rank is None:
                     continue
-                unmatched -= {pattern for pattern in unmatched if _matches(pattern, name)}
+                matched = {key: value for key, value in self.rank_pattern.items() if _matches(key, name)}
+                unmatched -= matched.keys()
+                if len(set(matched.values())) > 1:
+                    raise ValueError(
+                        f"rank_pattern keys {sorted(matched)} give {name} different ranks; make each linear match one."
+                    )
                 limit = min(self.linear_shape(position))
                 if not 1 <= rank <= limit:
                     raise ValueError(

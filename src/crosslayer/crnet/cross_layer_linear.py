@@ -70,7 +70,7 @@ class CrossLayerLinear(LowRankLinear):
         """
         return self.beta + torch.where(self.beta >= 0, self.beta_epsilon, -self.beta_epsilon)
 
-    def forward(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """x [..., in] and the previous layer's output [..., out] -> [..., out] in `previous`'s dtype or wider."""
         low_rank = self.low_rank(x)
         if self._can_fuse(low_rank, previous):
@@ -84,7 +84,7 @@ class CrossLayerLinear(LowRankLinear):
         return (
             type(B) is nn.Linear
             and B.bias is None
-            and not (B._forward_hooks or B._forward_pre_hooks or B._backward_hooks)
+            and not (B._forward_hooks or B._forward_pre_hooks or B._backward_hooks or B._backward_pre_hooks)
             and low_rank.device.type == "cpu"
             and low_rank.dtype == previous.dtype == B.weight.dtype
             and not torch.is_autocast_enabled("cpu")
@@ -107,18 +107,20 @@ class _CrossLayerProduct(torch.autograd.Function):
     def forward(ctx, previous, low_rank, weight, b):
         """previous [..., out], low_rank [..., r], weight [out, r], b [1] -> [..., out]."""
         ctx.save_for_backward(previous, low_rank, weight, b)
-        flat = torch.addmm(previous.flatten(0, -2), low_rank.flatten(0, -2), weight.t(), beta=b.item())
+        out_features, rank = weight.shape
+        flat = torch.addmm(previous.reshape(-1, out_features), low_rank.reshape(-1, rank), weight.t(), beta=b.item())
         return flat.view(previous.shape)
 
     @staticmethod
     def backward(ctx, gradient):
         previous, low_rank, weight, b = ctx.saved_tensors
         needs_previous, needs_low_rank, needs_weight, needs_b = ctx.needs_input_grad
-        flat = gradient.flatten(0, -2)
+        out_features, rank = weight.shape
+        flat = gradient.reshape(-1, out_features)
         return (
             gradient * b if needs_previous else None,
             (flat @ weight).view(low_rank.shape) if needs_low_rank else None,
-            flat.t() @ low_rank.flatten(0, -2) if needs_weight else None,
+            flat.t() @ low_rank.reshape(-1, rank) if needs_weight else None,
             torch.dot(gradient.reshape(-1), previous.reshape(-1)).view(1) if needs_b else None,
         )
 

@@ -204,7 +204,7 @@ class CRNetDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         *carried: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -283,6 +283,11 @@ class CRNetPreTrainedModel(PreTrainedModel):
             init.normal_(module.A.weight, std=std)
             init.normal_(module.B.weight, std=std)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside transformers the flag skips modules without parameters of their own, LowRankLinear for one.
+        # It protects loaded parameters from careless initialisers; those in `_init_weights` look before they write.
+        super()._initialize_weights(module, is_custom_code=False)
+
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the folder also names every Auto class, so that vLLM and `AutoModel` find the code."""
         if self._auto_class is not None:
@@ -316,9 +321,9 @@ class CRNetModel(CRNetPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -336,8 +341,8 @@ class CRNetModel(CRNetPreTrainedModel):
 
         if position_ids is None:
             seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens
-            position_ids = position_ids.unsqueeze(0)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens
+            position_ids = positions.unsqueeze(0)
 
         # Before a cache of our own is made: an empty one has the same mask, but hides packed documents from it.
         causal_mask = create_causal_mask(
@@ -365,9 +370,7 @@ class CRNetModel(CRNetPreTrainedModel):
                 **kwargs,
             )
 
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 class CRNetForCausalLM(CRNetPreTrainedModel, GenerationMixin):
@@ -393,12 +396,12 @@ class CRNetForCausalLM(CRNetPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -421,9 +424,7 @@ class CRNetForCausalLM(CRNetPreTrainedModel, GenerationMixin):
         else:
             logits = self.lm_head(hidden_states)
             if labels is not None:
-                loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-                )
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
         return CausalLMOutputWithPast(
             loss=loss,
@@ -439,7 +440,7 @@ class CRNetForSequenceClassification(GenericForSequenceClassification, CRNetPreT
 
     def __init__(self, config: CRNetConfig) -> None:
         # Not the generic constructor, which asks AutoModel: a checkpoint must load without a registry.
-        CRNetPreTrainedModel.__init__(self, config)
+        CRNetPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
         self.num_labels = config.num_labels
         self.model = CRNetModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
@@ -479,9 +480,7 @@ def fused_cross_entropy(
         )
         loss = loss.float().sum() if half else loss
     else:
-        loss = nn.functional.cross_entropy(
-            lm_head(flat).float(), target, ignore_index=ignore_index, reduction="sum"
-        )
+        loss = nn.functional.cross_entropy(lm_head(flat).float(), target, ignore_index=ignore_index, reduction="sum")
     if num_items_in_batch is None:
         num_items_in_batch = (target != ignore_index).sum()
     if torch.is_tensor(num_items_in_batch):

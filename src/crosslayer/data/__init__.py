@@ -3,9 +3,9 @@
     prepared = prepare_data(DataConfig(data="python-library", block_size=256))
     prepared.train[0]          # {"input_ids": [256 ints], "position_ids": [...], "labels": [...]}
 
-A source (the embedded Python library, files, folders, hub datasets) becomes documents, documents are split by
-hash into training and validation, tokenised, packed into fixed blocks and cached on disk.  Importing this package
-is cheap: `datasets` and `transformers` are imported when a function needs them.
+A source (the embedded Python library, files, folders, hub datasets) becomes documents, documents are split
+by hash into training and validation, tokenised, packed into fixed blocks and cached on disk. Importing
+this package is cheap: `datasets` and `transformers` are imported when a function needs them.
 """
 
 from .config import DataConfig

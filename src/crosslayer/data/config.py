@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from .tokenizer import MINIMUM_VOCABULARY
+from .tokenizer import MINIMUM_VOCABULARY, vocabulary_too_small
 
 PYTHON_LIBRARY = "python-library"
 HUB_PREFIX = "hf:"
@@ -19,13 +19,14 @@ _HUB_SOURCE = re.compile(r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-
 class DataConfig:
     """Where the text comes from and how it becomes blocks of tokens.
 
-    Raises ConfigError, naming every field that is wrong, for values that cannot work whatever the data; what only
-    the data can tell (a missing file, too little text) is a DataError of the functions that read it.
+    Raises ConfigError, naming every field that is wrong, for values that cannot work whatever the data;
+    what only the data can tell (a missing file, too little text) is a DataError of the functions that read
+    it.
     """
 
     data: str = PYTHON_LIBRARY
-    """The source: `python-library` (the sources and help texts of the running Python), a file (.txt, .md, .py,
-    .txt.gz, .jsonl, .jsonl.gz, .parquet), a folder of such files, or `hf:owner/name[:config]`."""
+    """The source: `python-library` (the sources and help texts of the running Python), a file (.txt, .md,
+    .py, .txt.gz, .jsonl, .jsonl.gz, .parquet), a folder of such files, or `hf:owner/name[:config]`."""
 
     split: str = "train"
     """Split of a hub dataset to train on."""
@@ -34,8 +35,8 @@ class DataConfig:
     """Field (JSON lines) or column (parquet, hub) that holds the text of a document."""
 
     validation_data: str | None = None
-    """Another source of the same kinds, used whole as the validation split; training documents with the same text
-    as one of its documents are left out.  None = split `data` by document hash."""
+    """Another source of the same kinds, used whole as the validation split; training documents with the
+    same text as one of its documents are left out. None = split `data` by document hash."""
 
     validation_split: str = "validation"
     """Split used when `validation_data` is a hub dataset."""
@@ -44,17 +45,19 @@ class DataConfig:
     """Share of the documents that go to validation, chosen by the hash of their text."""
 
     max_validation_documents: int | None = None
-    """Keep only the first so many validation documents; the others are dropped, never trained on.  None = all of
-    them, or 512 when `streaming`."""
+    """Keep only the first so many validation documents; the others are dropped, never trained on. None =
+    all of them, or 512 when `streaming`."""
 
     tokenizer: str | None = None
-    """Folder or hub name of an existing tokenizer.  None = train a byte-level BPE on the training documents."""
+    """Folder or hub name of an existing tokenizer. None = train a byte-level BPE on the training
+    documents."""
 
     tokenizer_vocab_size: int = 4096
     """Vocabulary of the trained tokenizer, its three special tokens included."""
 
     max_tokenizer_documents: int | None = None
-    """Train the tokenizer on the first so many training documents.  None = all, or 10,000 when `streaming`."""
+    """Train the tokenizer on the first so many training documents. None = all, or 10,000 when
+    `streaming`."""
 
     block_size: int = 256
     """Tokens in a block."""
@@ -69,13 +72,14 @@ class DataConfig:
     """Documents in the shuffle buffer of a streaming source; 0 = source order."""
 
     skip_bad: bool = False
-    """Leave out and count files that are not UTF-8, broken JSON lines and rows without text, instead of raising."""
+    """Leave out and count files that are not UTF-8, broken JSON lines and rows without text, instead of
+    raising."""
 
     cache_dir: str | None = None
-    """Where tokenised data is kept.  None = $CROSSLAYER_CACHE, or ~/.cache/crosslayer."""
+    """Where tokenised data is kept. None = $CROSSLAYER_CACHE, or ~/.cache/crosslayer."""
 
     seed: int = 0
-    """Seed of the streaming shuffle.  Nothing else here is random."""
+    """Seed of the streaming shuffle. Nothing else here is random."""
 
     def __post_init__(self) -> None:
         problems = [problem for problem in self._problems() if problem]
@@ -85,29 +89,29 @@ class DataConfig:
     def _problems(self) -> list[str | None]:
         return [
             _source_problem("data", self.data),
-            None if self.validation_data is None else _source_problem("validation_data", self.validation_data),
-            None
-            if 0.0 < self.validation_fraction < 1.0
-            else f"validation_fraction={self.validation_fraction} is outside (0, 1); give a share such as 0.02",
-            None if self.block_size >= 2 else f"block_size={self.block_size} is too small; give at least 2 tokens",
+            _source_problem("validation_data", self.validation_data),
+            self._fraction_problem(),
             self._vocabulary_problem(),
-            *(_count_problem(name, getattr(self, name)) for name in _COUNTS),
-            None if self.shuffle_buffer >= 0 else f"shuffle_buffer={self.shuffle_buffer} is negative; give 0 or more",
             self._streaming_problem(),
+            _range_problem("block_size", self.block_size, 2),
+            _range_problem("shuffle_buffer", self.shuffle_buffer, 0),
+            *(_range_problem(name, getattr(self, name), 1) for name in _COUNTS),
         ]
+
+    def _fraction_problem(self) -> str | None:
+        if 0.0 < self.validation_fraction < 1.0:
+            return None
+        return f"validation_fraction={self.validation_fraction} is outside (0, 1); give a share such as 0.02"
 
     def _vocabulary_problem(self) -> str | None:
         if self.tokenizer is not None or self.tokenizer_vocab_size >= MINIMUM_VOCABULARY:
             return None
-        return (
-            f"tokenizer_vocab_size={self.tokenizer_vocab_size} is too small; a byte-level tokenizer needs at least "
-            f"{MINIMUM_VOCABULARY} (256 bytes and {MINIMUM_VOCABULARY - 256} special tokens)"
-        )
+        return vocabulary_too_small(self.tokenizer_vocab_size)
 
     def _streaming_problem(self) -> str | None:
         if not self.streaming or is_hub(self.data):
             return None
-        return f"streaming is for hub datasets and data={self.data!r} is not one; give hf:owner/name or turn it off"
+        return f"streaming is for hub datasets, not data={self.data!r}; give hf:owner/name, or turn it off"
 
 
 _COUNTS = ("max_documents", "max_validation_documents", "max_tokenizer_documents")
@@ -119,7 +123,8 @@ def is_hub(source: str) -> bool:
 
 
 def parse_hub(source: str) -> tuple[str, str | None]:
-    """Split `hf:owner/name[:config]` into (owner/name, config or None).  Raises ConfigError for another form."""
+    """Split `hf:owner/name[:config]` into (owner/name, config or None). Raises ConfigError for another
+    form."""
     match = _HUB_SOURCE.fullmatch(source)
     if match is None:
         raise ConfigError(f"{source!r} is not a hub dataset; write hf:owner/name or hf:owner/name:config")
@@ -132,7 +137,9 @@ def cache_root(config: DataConfig) -> Path:
     return Path(chosen).expanduser()
 
 
-def _source_problem(field: str, source: str) -> str | None:
+def _source_problem(field: str, source: str | None) -> str | None:
+    if source is None:
+        return None
     if not source:
         return f"{field} is empty; give {PYTHON_LIBRARY}, a file, a folder or hf:owner/name[:config]"
     if is_hub(source) and _HUB_SOURCE.fullmatch(source) is None:
@@ -140,5 +147,5 @@ def _source_problem(field: str, source: str) -> str | None:
     return None
 
 
-def _count_problem(field: str, value: int | None) -> str | None:
-    return None if value is None or value >= 1 else f"{field}={value} is too small; give at least 1, or leave it out"
+def _range_problem(field: str, value: int | None, least: int) -> str | None:
+    return None if value is None or value >= least else f"{field}={value} is too small; give at least {least}"

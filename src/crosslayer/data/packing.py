@@ -2,15 +2,15 @@
 
     documents    [s a b e] [s c e] [s d f g e]             s = start token, e = end token
     stream        s a b e s c e s d f g e
-    blocks of 5   s a b e s | s c e s d | d f g e .        stride 4: the first token repeats the last one before
+    blocks of 5   s a b e s | s c e s d | d f g e .      stride 4: the first token repeats the last one
 
-Each token is predicted from the one before it, so a block of T tokens has T - 1 predictions; with stride T - 1
-every token except the start tokens is a label exactly once.  Start tokens and the first token of a block are no
-labels: the first has nothing to be predicted from, the second was a label in the block before.  Position ids
-restart at 0 at each document and each block; transformers derives from the restarts that documents in one block
-must not attend to each other.
+Each token is predicted from the one before it, so a block of T tokens has T - 1 predictions; with stride T
+- 1 every token except the start tokens is a label exactly once. Start tokens and the first token of a
+block are no labels: the first has nothing to be predicted from, the second was a label in the block before.
+Position ids restart at 0 at each document and each block; transformers derives from the restarts that
+documents in one block must not attend to each other.
 
-Letters: T block size, N blocks.  All arrays here are numpy; ids and positions int32.
+Letters: T block size, N blocks. All arrays here are numpy; ids and positions int32.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class SplitStatistics:
     """Labels that are not -100, over all blocks: the denominator of the mean loss."""
 
 
-def join_documents(
-    documents: list[list[int]], start: int, end: int
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+def join_documents(documents: list[list[int]], start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Concatenate `[start] + ids + [end]` of all documents: (ids [n], is_start [n])."""
     lengths = np.fromiter((len(ids) + 2 for ids in documents), np.int64, len(documents))
     total = int(lengths.sum())
@@ -71,8 +69,9 @@ def join_documents(
 def cut_blocks(ids: NDArray[np.int32], is_start: NDArray[np.bool_], block_size: int) -> tuple[Blocks, int]:
     """Cut a stream of n tokens into as many complete blocks as it holds.
 
-    Returns the blocks and the number of stream tokens that are done with; the stream from there on (at least the
-    last token of the last block, which the next block repeats) is the beginning of the next block.
+    Returns the blocks and the number of stream tokens that are done with; the stream from there on (at
+    least the last token of the last block, which the next block repeats) is the beginning of the next
+    block.
     """
     count = max(0, (len(ids) - 1) // (block_size - 1))
     if count == 0:
@@ -80,10 +79,9 @@ def cut_blocks(ids: NDArray[np.int32], is_start: NDArray[np.bool_], block_size: 
     return _columns(_windows(ids, block_size), _windows(is_start, block_size)), count * (block_size - 1)
 
 
-def padded_block(
-    ids: NDArray[np.int32], is_start: NDArray[np.bool_], block_size: int, pad: int
-) -> Blocks:
-    """One block from the 1 <= n <= T tokens that are left: pads are no labels and stand alone at position 0."""
+def padded_block(ids: NDArray[np.int32], is_start: NDArray[np.bool_], block_size: int, pad: int) -> Blocks:
+    """One block from the 1 <= n <= T tokens that are left: pads are no labels and stand alone at position
+    0."""
     missing = block_size - len(ids)
     row = np.concatenate([ids, np.full(missing, pad, np.int32)])
     alone = np.concatenate([is_start, np.ones(missing, np.bool_)])  # a pad is treated like a start token
@@ -107,13 +105,18 @@ def _columns(ids: NDArray[np.int32], is_start: NDArray[np.bool_]) -> Blocks:
 class DocumentPacker:
     """Turns batches of texts into blocks, carrying the incomplete block from batch to batch.
 
-    Used as the function of `Dataset.map(batched=True, with_indices=True)` in one process and in order.  With
+    Used as the function of `Dataset.map(batched=True, with_indices=True)` in one process and in order. With
     `pad_last`, the batch that holds row `rows - 1` also emits the padded remainder, so that no token is lost;
     without it the incomplete last block is dropped.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, block_size: int, *, pad_last: bool = False, rows: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        block_size: int,
+        *,
+        pad_last: bool = False,
+        rows: int | None = None,
     ) -> None:
         if pad_last and rows is None:
             raise ValueError("pad_last needs the number of rows, to know which batch is the last")

@@ -1,7 +1,8 @@
 """Tokenizers: an existing one, or a byte-level BPE trained on the documents.
 
-The work is done by `tokenizers` and `transformers`; here are only the choices.  The trained tokenizer has the ids
-that Llama configurations expect (bos 1, eos 2) and pad 0; it covers all 256 bytes, so any text comes back exactly.
+The work is done by `tokenizers` and `transformers`; here are only the choices. The trained tokenizer has
+the ids that Llama configurations expect (bos 1, eos 2) and pad 0; it covers all 256 bytes, so any text
+comes back exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|pad|>", "<|bos|>", "<|endoftext|>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)  # in the order of their ids: 0, 1, 2
 MINIMUM_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+)
 
 
 def train_tokenizer(
@@ -28,15 +35,15 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE; the same texts in the same order give the same tokenizer.
 
-    texts: strings, or batches of strings (faster).  vocab_size counts the special tokens; a small text may yield
-    fewer entries.  block_size becomes `model_max_length`, the context a model of these blocks is trained on.
-    Raises ConfigError when vocab_size cannot hold the 256 bytes and the special tokens.
+    texts: strings, or batches of strings (faster). vocab_size counts the special tokens; a small text may
+    yield fewer entries. block_size becomes `model_max_length`, the context a model of these blocks is
+    trained on. Raises ConfigError when vocab_size cannot hold the 256 bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < MINIMUM_VOCABULARY:
-        raise ConfigError(f"tokenizer_vocab_size={vocab_size} is too small; give at least {MINIMUM_VOCABULARY}")
+        raise ConfigError(vocabulary_too_small(vocab_size))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -58,11 +65,19 @@ def train_tokenizer(
     )
 
 
+def vocabulary_too_small(vocab_size: int) -> str:
+    """The message for a vocabulary that cannot hold all bytes and the special tokens."""
+    return (
+        f"tokenizer_vocab_size={vocab_size} is too small; a byte-level tokenizer needs at least "
+        f"{MINIMUM_VOCABULARY}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+    )
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Load the tokenizer in a folder or on the hub, as it is: its vocabulary is never changed.
 
-    Raises ConfigError when the folder holds no tokenizer, the hub cannot deliver it, it is not a fast tokenizer,
-    or it has no token that could begin a document.
+    Raises ConfigError when the folder holds no tokenizer, the hub cannot deliver it, it is not a fast
+    tokenizer, or it has no token that could begin a document.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -87,12 +102,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def document_start_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Id of the token that begins a document: bos, or eos where there is none (T5).  ConfigError without either."""
+    """Id of the token that begins a document: bos, or eos where there is none (T5). ConfigError without
+    either."""
     return _first_id(tokenizer, "bos_token_id", "eos_token_id")
 
 
 def document_end_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Id of the token that ends a document: eos, or bos where there is none.  ConfigError without either."""
+    """Id of the token that ends a document: eos, or bos where there is none. ConfigError without either."""
     return _first_id(tokenizer, "eos_token_id", "bos_token_id")
 
 
@@ -104,8 +120,8 @@ def padding_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without start and end tokens.
 
-    A text that spells out a special token ("<|endoftext|>") is encoded as ordinary characters, so that data cannot
-    forge the end of a document.  Never truncates, never warns about length.
+    A text that spells out a special token ("<|endoftext|>") is encoded as ordinary characters, so that data
+    cannot forge the end of a document. Never truncates, never warns about length.
     """
     return tokenizer(
         texts,
@@ -130,8 +146,8 @@ def _first_id(tokenizer: PreTrainedTokenizerFast, *names: str) -> int:
         if value is not None:
             return int(value)
     raise ConfigError(
-        f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token, so documents cannot be told "
-        "apart; set one of them in its tokenizer_config.json, or use another tokenizer"
+        f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token, so documents cannot be "
+        "told apart; set one of them in its tokenizer_config.json, or use another tokenizer"
     )
 
 

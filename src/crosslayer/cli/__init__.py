@@ -1,0 +1,5 @@
+"""The command line: one module per verb. Heavy imports wait until a verb runs."""
+
+from .app import main
+
+__all__ = ["main"]

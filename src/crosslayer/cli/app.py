@@ -1,0 +1,52 @@
+"""The `crosslayer` command: its verbs, and what it does with errors.
+
+Exit code 0 on success, 2 for wrong input, 1 for a failure while running; errors are one line on standard error.
+CROSSLAYER_DEBUG=1 shows the traceback of an error.
+"""
+
+import os
+import sys
+
+import click
+import typer
+
+from ..errors import CrossLayerError, TrainingError
+from . import evaluate, generate, pretrain
+
+app = typer.Typer(
+    name="crosslayer",
+    help="Train Transformers through low-rank structure across layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=ANY_FIELD)(pretrain.pretrain)
+app.command()(evaluate.evaluate)
+app.command()(generate.generate)
+
+
+def main() -> None:
+    """Entry point. Ends the process."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Abort:
+        fail("interrupted", 1)
+    except click.ClickException as error:
+        fail(error.format_message(), 2, error)
+    except CrossLayerError as error:
+        fail(str(error), 1 if isinstance(error, TrainingError) else 2, error)
+    except KeyboardInterrupt:
+        fail("interrupted", 1)
+    except Exception as error:
+        fail(f"{type(error).__name__}: {error} (CROSSLAYER_DEBUG=1 shows where)", 1, error)
+
+
+def fail(message: str, code: int, error: BaseException | None = None) -> None:
+    """One line on standard error, then exit."""
+    if error is not None and os.environ.get("CROSSLAYER_DEBUG"):
+        raise error
+    print(f"crosslayer: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,92 @@
+"""What several verbs need: overrides, a quiet start, loading a checkpoint."""
+
+import difflib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+MODEL_FOLDER = "model"
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """["--learning_rate", "1e-3", "--bf16=true", "--use_cpu"] -> {field: value}. Raises ConfigError."""
+    from ..train.recipe import parse_value
+
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        if not option.startswith("--"):
+            raise ConfigError(f"{option!r} is not an option; write --field value")
+        name, equals, value = option[2:].partition("=")
+        if not equals:
+            has_value = bool(rest) and not rest[0].startswith("--")
+            value = rest.pop(0) if has_value else "true"
+        overrides[name.replace("-", "_")] = parse_value(value)
+    return overrides
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' own chatter out of the output; warnings stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import datasets
+    import transformers
+
+    datasets.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.basicConfig(level=logging.WARNING, format="crosslayer: %(message)s", stream=sys.stderr)
+
+
+def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
+    """Model and tokenizer of a checkpoint folder, or of a run folder that holds one.
+
+    Raises CheckpointError for a folder that is missing, is no causal language model or is truncated.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import crosslayer.crnet  # noqa: F401  registers the Auto classes
+
+    path = Path(folder)
+    if (path / MODEL_FOLDER / "config.json").is_file():
+        path = path / MODEL_FOLDER
+    if not path.is_dir():
+        near = difflib.get_close_matches(path.name, _siblings(path), n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the folder that a run wrote"
+        raise CheckpointError(f"checkpoint {folder!r} does not exist{hint}")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{folder!r} is not a checkpoint: it has no config.json; give a run's model/ folder")
+    try:
+        model_type = AutoConfig.from_pretrained(path).model_type
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise CheckpointError(f"{folder!r} cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{folder!r} ({model_type}) lacks {len(missing)} weights, the first of them {missing[0]}; it is truncated "
+            "or of another model"
+        )
+    return model.eval(), tokenizer
+
+
+def print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
+
+
+def _siblings(path: Path) -> list[str]:
+    return [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

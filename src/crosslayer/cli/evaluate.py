@@ -1,0 +1,103 @@
+"""`crosslayer evaluate`: perplexity and bits per byte of a checkpoint."""
+
+from typing import Annotated, Literal
+
+import typer
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or of a run.")],
+    data: Annotated[
+        str, typer.Option(help="python-library, a file, a folder, or hf:owner/name[:config].")
+    ] = "python-library",
+    part: Annotated[
+        Literal["all", "validation"],
+        typer.Option(help="all of the data, or the validation part that pre-training on it holds out."),
+    ] = "validation",
+    validation_fraction: Annotated[
+        float, typer.Option("--validation_fraction", "--validation-fraction", help="As in pre-training.")
+    ] = 0.02,
+    text_column: Annotated[
+        str, typer.Option("--text_column", "--text-column", help="Field that holds the text.")
+    ] = "text",
+    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+    block_size: Annotated[int, typer.Option("--block_size", "--block-size", help="Longest context, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch_size", "--batch-size", help="Blocks at a time.")] = 8,
+    max_documents: Annotated[
+        int | None, typer.Option("--max_documents", "--max-documents", help="Read only the first so many.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", "--skip_bad", help="Leave out unreadable input.")] = False,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published",
+            help="Show beside it what GaLore's, SLTrain's and CoLA's scripts would print (divided by batches + 1).",
+        ),
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Perplexity and bits per byte of CHECKPOINT on a text.
+
+    Perplexity is exp of the mean negative log-likelihood over every token, documents kept apart, context at most one
+    block. Bits per byte does not depend on the vocabulary.
+    """
+    from ..errors import ConfigError
+    from .common import load_checkpoint, print_json, quiet_libraries
+
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}; give at least 1")
+    quiet_libraries()
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+    from transformers import default_data_collator
+
+    from ..data import DataConfig, load_evaluation_data
+    from ..evaluate import measure_perplexity
+
+    config = DataConfig(
+        data=data,
+        split=split,
+        text_column=text_column,
+        validation_fraction=validation_fraction,
+        max_documents=max_documents,
+        block_size=block_size,
+        skip_bad=skip_bad,
+    )
+    model, tokenizer = load_checkpoint(checkpoint)
+    model.to(choose_device(device))
+    blocks, statistics = load_evaluation_data(config, tokenizer, part=part)
+    batches = DataLoader(blocks, batch_size=batch_size, collate_fn=default_data_collator)
+    result = measure_perplexity(
+        model, tqdm(batches, desc="evaluating", disable=as_json, leave=False), utf8_bytes=statistics.bytes
+    )
+    if as_json:
+        source = {"checkpoint": checkpoint, "data": data, "part": part, "block_size": block_size}
+        print_json({**source, "batch_size": batch_size, "documents": statistics.documents, **result.to_dict()})
+        return
+    print(f"loss           {result.loss:.4f} nats per token")
+    print(f"perplexity     {result.perplexity:.3f}")
+    print(f"bits per byte  {result.bits_per_byte:.4f}")
+    print(f"over           {result.tokens:,} tokens of {statistics.documents:,} documents, {statistics.bytes:,} bytes")
+    if published:
+        print(
+            f"published way  {result.published_perplexity:.3f} (sum of {result.batches} batch means over "
+            f"{result.batches + 1}: too low, only for comparison)"
+        )
+
+
+def choose_device(device: str | None) -> str:
+    """The device named, or CUDA where there is one. Raises ConfigError for one that is not there."""
+    import torch
+
+    from ..errors import ConfigError
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(
+            f"device={device!r} is not available here; allowed: cpu, or cuda where there is one"
+        ) from None
+    return device

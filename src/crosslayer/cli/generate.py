@@ -1,0 +1,55 @@
+"""`crosslayer generate`: text from a checkpoint, as it is made."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or of a run.")],
+    prompt: Annotated[str, typer.Option(help="Start of the text.")] = "",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", "--max-new-tokens", help="Most tokens to add.")
+    ] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top_k", "--top-k", help="Sample among the k likeliest; 0 is all.")] = 50,
+    top_p: Annotated[float, typer.Option("--top_p", "--top-p", help="Sample within this probability mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, at the end.")] = False,
+) -> None:
+    """Continue PROMPT with CHECKPOINT; tokens are printed as they are made."""
+    from ..errors import ConfigError
+    from .common import load_checkpoint, print_json, quiet_libraries
+
+    for name, value, fine, allowed in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k >= 0, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fine:
+            raise ConfigError(f"{name}={value}; give {allowed}")
+    quiet_libraries()
+    from transformers import TextStreamer
+
+    from ..evaluate.sample import sample
+    from .evaluate import choose_device
+
+    model, tokenizer = load_checkpoint(checkpoint)
+    model.to(choose_device(device))
+    text = sample(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+    if as_json:
+        print_json({"checkpoint": checkpoint, "prompt": prompt, "text": text, "seed": seed})
+    sys.stdout.flush()

@@ -1,0 +1,111 @@
+"""`crosslayer pretrain`: train a language model from scratch, as a recipe says."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+
+def pretrain(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Option(help="YAML file; see recipes/.")],
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", "--output-dir", help="Folder of the run [default: runs/NAME].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Show what would run, then stop.")] = False,
+    prompt: Annotated[str, typer.Option(help="Start of the sample at the end.")] = "def ",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON.")] = False,
+) -> None:
+    """Pre-train a language model as RECIPE says.
+
+    Every field of the recipe can be overridden by its name, for example --learning_rate 1e-3, --hidden_size 256,
+    --data ./texts, --per_device_train_batch_size 16. Fields: those of the model configuration (CRNetConfig), of the
+    data (--data, --tokenizer, --block_size, ...), the learning-rate factors (--full_rank_lr_factor, ...) and those of
+    transformers' TrainingArguments. Where two sections know a name, write --data.seed.
+    """
+    from .common import parse_overrides, print_json, quiet_libraries
+
+    overrides = parse_overrides(context.args)
+    quiet_libraries()
+    import transformers.trainer  # noqa: F401  its import is the slow part: before any clock runs
+
+    from ..train import load_recipe
+    from ..train import run as training
+
+    parsed = load_recipe(recipe, overrides)
+    folder = output_dir or f"runs/{parsed.name}"
+    report = training.pretrain(
+        parsed,
+        folder,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        show_plan=(lambda plan: print_json(asdict(plan)) if dry_run else None) if as_json else show_plan,
+    )
+    if report is None:
+        return
+    if as_json:
+        print_json(report.to_dict())
+        return
+    show_report(report)
+    show_sample(report, prompt)
+    show_paths(folder)
+
+
+def show_plan(plan) -> None:
+    """What was decided, before the first step."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{plan.recipe}", title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_row("device", f"{plan.device} ({plan.device_reason}), {plan.precision}")
+    groups = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items() if count)
+    total = sum(plan.parameters.values())
+    table.add_row("parameters", f"{total:,}: {groups}")
+    table.add_row("dense model", f"{plan.dense_parameters:,} parameters")
+    train, validation = plan.data["train"], plan.data["validation"]
+    table.add_row(
+        "data",
+        f"{plan.data['source']}: {_count(train['documents'])} documents, {_count(train['tokens'])} tokens to train, "
+        f"{_count(validation['tokens'])} to validate, vocabulary {plan.vocab_size:,}",
+    )
+    if plan.data["skipped"]:
+        table.add_row("skipped", f"{plan.data['skipped']:,} files or lines that could not be read")
+    table.add_row("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens / 1e6:,.1f}M tokens")
+    table.add_row("operations", f"{plan.flops_per_token * plan.tokens:.2e} ({plan.flops_per_token:,} per token)")
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.estimated_memory_bytes.items())
+    estimate = sum(plan.estimated_memory_bytes.values()) / 2**20
+    table.add_row("memory, estimated", f"{estimate:,.0f} MiB: {parts}")
+    Console().print(table)
+
+
+def show_report(report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.recipe['name']}", title_justify="left", show_header=False)
+    for what, value in report.rows():
+        table.add_row(what, value)
+    Console().print(table)
+
+
+def show_sample(report, prompt: str) -> None:
+    from ..evaluate.sample import sample
+
+    text = sample(report.model, report.tokenizer, prompt, max_new_tokens=80, seed=0)
+    print(f"\nSample, after {prompt!r}:\n{text}\n")
+
+
+def show_paths(folder: str) -> None:
+    from pathlib import Path
+
+    print(f"checkpoint  {Path(folder) / 'model'}")
+    curve = Path(folder) / "loss.png"
+    print(f"loss curve  {curve}" if curve.exists() else "loss curve  none: matplotlib is missing (extra 'plots')")
+    print(f"report      {Path(folder) / 'report.md'}")
+
+
+def _count(number: int | None) -> str:
+    return "unknown (streamed)" if number is None else f"{number:,}"

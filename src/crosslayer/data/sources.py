@@ -1,0 +1,255 @@
+"""Sources of documents: the embedded Python library, files and folders, hub datasets.
+
+`open_source` looks at a source just closely enough to know its identity (what a cache key needs); `read`
+delivers its documents, a dataset with the columns `text` and `name`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import platform
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import DataError
+from .config import PYTHON_LIBRARY, DataConfig, cache_root, is_hub, parse_hub
+from .files import (
+    KINDS,
+    ReadingOptions,
+    ScannedFile,
+    clean_rows,
+    document_features,
+    documents_from_pairs,
+    file_kind,
+    find_files,
+    missing_column,
+    name_rows,
+    read_files,
+    scan_file,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+_HELP_TOPICS = "pydoc_data/topics.py"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents in source order, and how many files, lines or rows were left out as unreadable."""
+
+    dataset: Dataset | IterableDataset  # columns text, name
+    skipped: int
+
+
+class Source(Protocol):
+    """A place documents come from."""
+
+    label: str
+    """How messages call it."""
+
+    identity: dict[str, Any]
+    """JSON-able; changes whenever the documents do."""
+
+    def read(self) -> Documents:
+        """All documents. Raises DataError for the first thing that cannot be read."""
+        ...
+
+
+def open_source(config: DataConfig, *, validation: bool = False) -> Source:
+    """The source named by `config.data`, or by `config.validation_data` when `validation`.
+
+    Raises DataError when it does not exist, holds no text, or cannot be reached.
+    """
+    spec = (config.validation_data or "") if validation else config.data
+    if spec == PYTHON_LIBRARY:
+        return python_library(config)
+    if is_hub(spec):
+        return HubSource(spec, config.validation_split if validation else config.split, config)
+    return local_files(spec, config)
+
+
+# ---------------------------------------------------------------------------------------------- local files
+
+
+class FileSource:
+    """Files, and documents that come with them without being files."""
+
+    def __init__(
+        self,
+        label: str,
+        files: list[ScannedFile],
+        config: DataConfig,
+        *,
+        skip_bad: bool | None = None,
+        cut_long_text: bool = False,
+        extra: list[tuple[str, str]] | None = None,
+        extra_identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.label = label
+        self._files = files
+        self._extra = extra or []
+        skip_bad = config.skip_bad if skip_bad is None else skip_bad
+        self.identity: dict[str, Any] = {
+            "files": [file.identity for file in files],
+            "text_column": config.text_column,
+            "skip_bad": skip_bad,
+            "cut_long_text": cut_long_text,
+            **(extra_identity or {}),
+        }
+        content = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        self._options = ReadingOptions(
+            text_column=config.text_column,
+            skip_bad=skip_bad,
+            cache_dir=str(cache_root(config) / "sources" / content),
+            cut_long_text=cut_long_text,
+        )
+
+    def read(self) -> Documents:
+        """All documents of the files in order, then the extra ones."""
+        from datasets import concatenate_datasets
+
+        dataset, skipped = read_files(self._files, self._options)
+        if self._extra:
+            dataset = concatenate_datasets([dataset, documents_from_pairs(self._extra)])
+        return Documents(dataset, skipped)
+
+
+def local_files(spec: str, config: DataConfig) -> FileSource:
+    """A file or a folder. Raises DataError when it is missing, empty, or of an unknown kind."""
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        paths = [found for found in find_files(path) if found.stat().st_size > 0]
+        if not paths:
+            raise DataError(f"{spec}: the folder holds no text; it needs files ending in {', '.join(KINDS)}")
+        files = [scan_file(found, found.relative_to(path).as_posix()) for found in paths]
+        return FileSource(spec, files, config)
+    if not path.exists():
+        raise DataError(f"{spec}: no such file or folder; give an existing one, {PYTHON_LIBRARY} or hf:owner/name")
+    if file_kind(path) is None:
+        raise DataError(f"{spec}: unknown kind of file; allowed are {', '.join(KINDS)}")
+    file = scan_file(path, path.name)
+    if file.size == 0:
+        raise DataError(f"{spec}: the file is empty; give one that holds text")
+    return FileSource(spec, [file], config, cut_long_text=file.kind == "text")
+
+
+def python_library(config: DataConfig) -> FileSource:
+    """The `.py` files of the running Python's standard library, then its help topics, one document each.
+
+    Left out: installed packages, tests, and files that describe one machine's build (`_sysconfigdata*`,
+    `config-*`). Library files that are not UTF-8 are skipped and counted.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in find_files(root) if _in_library(path.relative_to(root))]
+    files = [scan_file(path, path.relative_to(root).as_posix()) for path in paths]
+    topics = _help_topics()
+    if not files and not topics:
+        raise DataError(f"{PYTHON_LIBRARY}: no .py files below {root}; give a file, a folder or hf:owner/name")
+    identity = {"python": platform.python_version(), "topics": topics}
+    return FileSource(PYTHON_LIBRARY, files, config, skip_bad=True, extra=topics, extra_identity=identity)
+
+
+def _in_library(path: Path) -> bool:
+    if path.suffix != ".py" or path.as_posix() == _HELP_TOPICS or _NOT_LIBRARY.intersection(path.parts):
+        return False
+    return not path.parts[0].startswith("config-") and not path.name.startswith("_sysconfigdata")
+
+
+def _help_topics() -> list[tuple[str, str]]:
+    """(name, text) of the texts behind `help("topic")`; some distributions leave them out."""
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return []
+    return [(f"{_HELP_TOPICS}#{topic}", topics[topic]) for topic in sorted(topics)]
+
+
+# --------------------------------------------------------------------------------------------- hub datasets
+
+
+class HubSource:
+    """A dataset of the hub, downloaded (and cached by `datasets`), or streamed when the configuration says
+    so."""
+
+    def __init__(self, spec: str, split: str, config: DataConfig) -> None:
+        self.label = spec
+        self._config = config
+        name, configuration = parse_hub(spec)
+        self._rows = _load_hub(spec, name, configuration, split, config.streaming)
+        version = hub_revision(name) if config.streaming else self._rows._fingerprint
+        self.identity: dict[str, Any] = {
+            "hub": [name, configuration, split, version],
+            "text_column": config.text_column,
+            "skip_bad": config.skip_bad,
+            "streaming": config.streaming,
+        }
+
+    def read(self) -> Documents:
+        """The rows as documents; of a streaming dataset a lazy iterable, checked row by row while it is
+        read."""
+        if self._config.streaming:
+            return Documents(_stream_documents(self._rows, self._config, self.label), 0)
+        column = self._config.text_column
+        rows, skipped = clean_rows(self._rows, column, self.label, self._config.skip_bad)
+        return Documents(name_rows(rows, column, self.label), skipped)
+
+
+def _load_hub(spec: str, name: str, configuration: str | None, split: str, streaming: bool) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, configuration, split=split, streaming=streaming)
+    except Exception as error:  # the hub, its client and dataset builders raise dozens of kinds
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise DataError(
+            f"{spec} (split {split!r}) cannot be loaded ({type(error).__name__}: {reason}); check the "
+            "connection, the name hf:owner/name[:config] and the split, or give a file, a folder or "
+            f"{PYTHON_LIBRARY}"
+        ) from error
+
+
+def hub_revision(name: str) -> str | None:
+    """Commit of a hub dataset; None when the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name).sha
+    except Exception:  # only makes the cache key less precise
+        return None
+
+
+def _stream_documents(rows: IterableDataset, config: DataConfig, label: str) -> IterableDataset:
+    """Map the rows of a streaming dataset to documents; raises DataError from within the iteration."""
+    columns = rows.column_names or list(next(iter(rows), {}))
+    if config.text_column not in columns:
+        raise missing_column(label, config.text_column, columns)
+    return rows.map(
+        _rows_to_documents,
+        batched=True,
+        with_indices=True,
+        remove_columns=columns,
+        features=document_features(),
+        fn_kwargs={"column": config.text_column, "label": label, "skip_bad": config.skip_bad},
+    )
+
+
+def _rows_to_documents(
+    batch: dict[str, list[Any]], indices: list[int], *, column: str, label: str, skip_bad: bool
+) -> dict[str, list[str]]:
+    texts, names = [], []
+    for text, index in zip(batch[column], indices, strict=True):
+        if isinstance(text, str):
+            texts.append(text)
+            names.append(f"{label}:{index + 1}")
+        elif not skip_bad:
+            raise DataError(
+                f"{label}, row {index + 1}: text column {column!r} holds no string; "
+                "choose another with text_column, or set skip_bad to leave such rows out"
+            )
+    return {"text": texts, "name": names}

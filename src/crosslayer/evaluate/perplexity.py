@@ -1,0 +1,112 @@
+"""Perplexity and bits per byte over a whole split."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Result of `measure_perplexity`.
+
+    `loss` is the mean negative log-likelihood in nats over all predicted tokens of the split, each counted once;
+    `perplexity` is exp(loss); `bits_per_byte` is the summed negative log-likelihood in bits over the UTF-8 bytes of the
+    text (None where those are not known), which does not depend on the vocabulary. End-of-document tokens are predicted
+    and counted, start tokens are not.
+
+    `published_loss` is what GaLore, SLTrain, APOLLO and CoLA print: the sum of the batch means over (batches + 1). It
+    is too low, the more so the fewer the batches, and is here only to set a result beside theirs.
+    """
+
+    loss: float
+    tokens: int
+    utf8_bytes: int | None
+    batches: int
+    published_loss: float
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(self.loss)
+
+    @property
+    def published_perplexity(self) -> float:
+        return _exp(self.published_loss)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        if not self.utf8_bytes:
+            return None
+        return self.loss * self.tokens / math.log(2) / self.utf8_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "published_perplexity": self.published_perplexity,
+        }
+
+
+@torch.no_grad()
+def measure_perplexity(
+    model: nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    *,
+    utf8_bytes: int | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Perplexity:
+    """Negative log-likelihood of every label in `batches`.
+
+    Args:
+        model: a causal language model of transformers; put into evaluation mode and back.
+        batches: each with `input_ids`, `labels` [B, T] (-100 where nothing is predicted) and what else the model takes.
+        utf8_bytes: bytes of the text behind the batches, for bits per byte.
+        gather: joins the rows [B, 2] of all processes; accelerate's `gather_for_metrics` in a distributed run.
+        on_batch: called after each batch.
+
+    Raises ValueError when no token is predicted at all.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nats, tokens, published, count = 0.0, 0, 0.0, 0
+    try:
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            labels = batch["labels"].to(device)
+            rows = gather(_row_sums(model(**inputs, use_cache=False).logits, labels))
+            batch_nats, batch_tokens = rows.double().sum(0).tolist()
+            nats, tokens, count = nats + batch_nats, tokens + int(batch_tokens), count + 1
+            published += batch_nats / max(batch_tokens, 1)
+            on_batch()
+    finally:
+        model.train(was_training)
+    if tokens == 0:
+        raise ValueError("There is nothing to predict: every label is -100.")
+    return Perplexity(
+        loss=nats / tokens,
+        tokens=tokens,
+        utf8_bytes=utf8_bytes,
+        batches=count,
+        published_loss=published / (count + 1),
+    )
+
+
+def _row_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[B, T, V], [B, T] -> [B, 2]: summed negative log-likelihood and number of predicted tokens of each row."""
+    targets = labels[:, 1:]
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return torch.stack([losses.view_as(targets).sum(1), (targets != IGNORE_INDEX).sum(1)], dim=1)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,371 @@
+"""One pre-training run: from a recipe to a folder with a checkpoint, a log and a report.
+
+output_dir/
+  recipe.yaml        the recipe as it ran          run.json       command, versions, device, plan
+  checkpoint-N/      for --resume                  model/         the trained model and its tokenizer
+  log.jsonl          one line per log              report.json, report.md, loss.png
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from .. import __version__
+from ..accounting import count_parameters, dense_counterpart, estimate_training_memory, training_flops_per_token
+from ..crnet import CRNetConfig, CRNetForCausalLM
+from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
+from ..errors import CheckpointError, ConfigError, TrainingError
+from .recipe import Recipe
+from .report import RunReport, write_card, write_report
+from .trainer import PretrainTrainer, last_complete_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+RUN_FILE = "run.json"
+MODEL_FOLDER = "model"
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What a run would do, decided before its first step."""
+
+    recipe: str
+    device: str
+    device_reason: str
+    precision: str
+    parameters: dict[str, int]
+    dense_parameters: int
+    flops_per_token: int
+    estimated_memory_bytes: dict[str, int]
+    train_blocks: int | None
+    block_size: int
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    vocab_size: int
+    data: dict[str, Any]
+
+
+def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | None" = None) -> CRNetConfig:
+    """The model configuration of a recipe; vocabulary and special tokens come from the tokenizer where given.
+
+    Raises ConfigError for a configuration that cannot be built, and for a `vocab_size` below the tokenizer's.
+    """
+    settings = dict(recipe.model)
+    if tokenizer is not None:
+        settings.setdefault("vocab_size", len(tokenizer))
+        if settings["vocab_size"] < len(tokenizer):
+            raise ConfigError(
+                f"model.vocab_size={settings['vocab_size']} is below the tokenizer's {len(tokenizer)}; leave it out or "
+                "raise it"
+            )
+        settings.setdefault("bos_token_id", document_start_id(tokenizer))
+        settings.setdefault("eos_token_id", document_end_id(tokenizer))
+        settings.setdefault("pad_token_id", padding_id(tokenizer))
+        settings.setdefault("max_position_embeddings", max(recipe.data.block_size, 1024))
+    try:
+        return CRNetConfig(**settings)
+    except StrictDataclassError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ConfigError(" ".join(lines[1:]) or lines[0]) from None
+
+
+def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
+    """transformers' TrainingArguments of a recipe, with `bf16: auto` decided. Raises ConfigError."""
+    from transformers import TrainingArguments
+
+    settings: dict[str, Any] = {
+        "include_num_input_tokens_seen": "all",
+        "dataloader_drop_last": True,
+        "save_total_limit": 2,
+        "label_names": ["labels"],
+        "disable_tqdm": False,
+        **recipe.training,
+    }
+    use_cuda = torch.cuda.is_available() and not settings.get("use_cpu", False)
+    if settings.get("bf16") == "auto":
+        settings["bf16"] = use_cuda and torch.cuda.is_bf16_supported()
+    if not use_cuda:
+        settings.setdefault("dataloader_pin_memory", False)
+    try:
+        arguments = TrainingArguments(output_dir=str(output_dir), logging_nan_inf_filter=False, **settings)
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ConfigError(f"training: {' '.join(str(error).split())}") from None
+    _check_intervals(arguments)
+    return arguments
+
+
+def _check_intervals(arguments: "TrainingArguments") -> None:
+    if arguments.per_device_train_batch_size < 1 or arguments.gradient_accumulation_steps < 1:
+        raise ConfigError(
+            f"per_device_train_batch_size={arguments.per_device_train_batch_size} and gradient_accumulation_steps="
+            f"{arguments.gradient_accumulation_steps} must be at least 1"
+        )
+    if arguments.save_strategy == "steps" and arguments.logging_strategy == "steps":
+        save, log = arguments.save_steps, arguments.logging_steps
+        if save >= 1 and log >= 1 and save % log != 0:
+            raise ConfigError(
+                f"save_steps={save:g} is not a multiple of logging_steps={log:g}; a run resumed between two logs would "
+                "report a mean over fewer steps than an uninterrupted one"
+            )
+
+
+def build_model(config: CRNetConfig, seed: int) -> CRNetForCausalLM:
+    """A freshly initialised model, the same for the same seed, that takes its loss without materialising logits."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    model = CRNetForCausalLM(config)
+    model.fused_loss = True
+    return model
+
+
+def make_plan(recipe: Recipe, config: CRNetConfig, prepared: PreparedData, arguments: "TrainingArguments") -> Plan:
+    tokens_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    tokens_per_step *= recipe.data.block_size
+    blocks = len(prepared.train) if hasattr(prepared.train, "__len__") else None
+    steps = arguments.max_steps
+    if steps <= 0:
+        if blocks is None:
+            raise ConfigError("a streaming source has no length; give training.max_steps")
+        steps = math.ceil(arguments.num_train_epochs * (blocks * recipe.data.block_size // tokens_per_step))
+        if steps == 0:
+            raise ConfigError(
+                f"{blocks} blocks of {recipe.data.block_size} tokens do not fill one step of {tokens_per_step} tokens; "
+                "lower per_device_train_batch_size or gradient_accumulation_steps"
+            )
+    if arguments.device.type == "cuda":
+        device, reason = torch.cuda.get_device_name(arguments.device), "CUDA is available"
+    else:
+        device, reason = f"cpu, {torch.get_num_threads()} threads", "CUDA is not available"
+        if arguments.use_cpu:
+            reason = "use_cpu is set"
+    return Plan(
+        recipe=recipe.name,
+        device=device,
+        device_reason=reason,
+        precision="bf16 autocast" if arguments.bf16 else "fp16 autocast" if arguments.fp16 else "float32",
+        parameters=count_parameters(config),
+        dense_parameters=sum(count_parameters(dense_counterpart(config)).values()),
+        flops_per_token=training_flops_per_token(config, recipe.data.block_size),
+        estimated_memory_bytes=estimate_training_memory(
+            config,
+            arguments.train_batch_size * recipe.data.block_size,
+            activation_bytes=2 if arguments.bf16 or arguments.fp16 else 4,
+        ),
+        train_blocks=blocks,
+        block_size=recipe.data.block_size,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        tokens=steps * tokens_per_step,
+        vocab_size=config.vocab_size,
+        data=_describe_data(recipe, prepared.statistics),
+    )
+
+
+def pretrain(
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    show_plan: Callable[[Plan], None] = lambda plan: None,
+) -> RunReport | None:
+    """Run a recipe.
+
+    Args:
+        output_dir: a new or empty folder; one that holds a run needs `resume` or `overwrite`.
+        resume: go on from the last complete checkpoint in it.
+        overwrite: throw the run in it away first (only a folder that holds one of our runs).
+        dry_run: decide and show everything, write nothing into `output_dir`, return None.
+        show_plan: called with the plan before the first step.
+
+    Raises ConfigError, DataError, CheckpointError before anything is written, TrainingError while running.
+    """
+    output_dir = Path(output_dir)
+    _check_output_dir(output_dir, resume=resume, overwrite=overwrite)
+    build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
+    arguments = build_arguments(recipe, output_dir)
+
+    prepared = prepare_data(recipe.data)
+    config = build_model_config(recipe, prepared.tokenizer)
+    plan = make_plan(recipe, config, prepared, arguments)
+    show_plan(plan)
+    if dry_run:
+        return None
+
+    if overwrite and output_dir.exists():
+        shutil.rmtree(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        recipe.save(output_dir / "recipe.yaml")
+        _write_json(output_dir / RUN_FILE, {**describe_run(), "plan": asdict(plan)})
+    except OSError as error:
+        raise CheckpointError(f"{output_dir} cannot be written: {error.strerror}; choose another folder") from None
+    return _train(recipe, config, prepared, arguments, plan, output_dir, resume)
+
+
+def _train(
+    recipe: Recipe,
+    config: CRNetConfig,
+    prepared: PreparedData,
+    arguments: "TrainingArguments",
+    plan: Plan,
+    output_dir: Path,
+    resume: bool,
+) -> RunReport:
+    from transformers import default_data_collator
+
+    started = time.perf_counter()
+    model = build_model(config, arguments.seed)
+    report = RunReport(
+        recipe=recipe.to_dict(),
+        run=describe_run(),
+        plan=asdict(plan),
+        data=_describe_data(recipe, prepared.statistics),
+        seed=arguments.seed,
+        before=None,
+        after=None,
+        steps=0,
+        tokens=0,
+        tokens_per_s=None,
+        peak_memory_bytes=0,
+        seconds=0.0,
+        history=[],
+    )
+    trainer = PretrainTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation,
+        processing_class=prepared.tokenizer,
+        data_collator=default_data_collator,
+        parameter_groups=recipe.parameter_groups,
+        block_size=recipe.data.block_size,
+        validation_bytes=prepared.statistics.validation.bytes,
+        write_card=lambda folder: write_card(folder, config, report),
+    )
+
+    checkpoint = last_complete_checkpoint(output_dir) if resume else None
+    if checkpoint is not None:
+        before = _read_json(output_dir / "before.json")
+    else:
+        before = trainer.evaluate()
+        trainer.state.log_history.clear()
+        _write_json(output_dir / "before.json", before)
+
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        raise TrainingError(
+            f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
+        ) from None
+
+    after = trainer.evaluate()
+    assert trainer.last_perplexity is not None
+    report.before, report.after = before, {**after, **trainer.last_perplexity.to_dict()}
+    report.steps = trainer.state.global_step
+    report.tokens = int(trainer.state.num_input_tokens_seen)
+    throughput = trainer.throughput
+    if throughput.total_seconds:
+        report.tokens_per_s = throughput.total_tokens / throughput.total_seconds
+    report.peak_memory_bytes = peak_memory_bytes(arguments.device)
+    report.seconds = time.perf_counter() - started
+    report.history = trainer.state.log_history
+
+    try:
+        trainer.save_model(str(output_dir / MODEL_FOLDER))
+        if arguments.should_save:
+            write_report(output_dir, report)
+    except OSError as error:
+        raise TrainingError(
+            f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"
+        ) from error
+    report.model = trainer.model
+    report.tokenizer = prepared.tokenizer
+    return report
+
+
+def _check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    holds_run = (output_dir / RUN_FILE).is_file()
+    is_empty = not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir()))
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; give one of them")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise CheckpointError(f"{output_dir} is a file; give a folder as --output_dir")
+    if resume and not holds_run:
+        raise CheckpointError(f"{output_dir} holds no run to resume; leave --resume out to start one")
+    if is_empty or (holds_run and (resume or overwrite)):
+        return
+    if holds_run:
+        raise CheckpointError(
+            f"{output_dir} already holds a run; give --resume to go on, --overwrite to throw it away, or another "
+            "--output_dir"
+        )
+    raise CheckpointError(
+        f"{output_dir} holds files that are not of a run and would not be touched; give another --output_dir"
+    )
+
+
+def describe_run() -> dict[str, Any]:
+    """Command, versions and device: what it takes to repeat a number."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "command": "crosslayer " + " ".join(sys.argv[1:]) if Path(sys.argv[0]).stem == "crosslayer" else None,
+        "crosslayer": __version__,
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in packages},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes allocated on the CUDA device, or the largest resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _describe_data(recipe: Recipe, statistics: DataStatistics) -> dict[str, Any]:
+    # Where the cache lies says nothing about the run.
+    described = {k: v for k, v in asdict(statistics).items() if k not in ("cache_path", "cache_hit")}
+    return {"source": recipe.data.data, **described}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

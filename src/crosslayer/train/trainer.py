@@ -1,0 +1,229 @@
+"""transformers' Trainer, told about parameter groups, whole-split perplexity and broken runs."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_callback import ProgressCallback
+
+from ..accounting import peak_flops, training_flops_per_token
+from ..crnet import CRNetConfig, CrossLayerLinear
+from ..errors import TrainingError
+from ..evaluate import Perplexity, measure_perplexity
+from .parameter_groups import ParameterGroups, optimizer_groups
+
+
+class PretrainTrainer(Trainer):
+    """Trainer with four differences, each in one method.
+
+    - `create_optimizer`: learning-rate factors and weight decay by kind of parameter;
+    - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
+      Trainer is a mean of batch means);
+    - `log`: tokens/s, model FLOPs utilisation and the range of beta beside the loss;
+    - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+
+    def __init__(
+        self,
+        *args,
+        parameter_groups: ParameterGroups,
+        block_size: int,
+        validation_bytes: int | None = None,
+        write_card: Callable[[Path], None] | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.parameter_groups = parameter_groups
+        self.validation_bytes = validation_bytes
+        self.write_card = write_card
+        self.last_perplexity: Perplexity | None = None
+        self.throughput = _Throughput(block_size)
+        self.add_callback(self.throughput)
+        self.add_callback(StopWhenNotFinite(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(Progress())
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if {"params", "model", "optimizer_dict"} & settings.keys():
+                # Optimizers that choose their own parameters (GaLore, APOLLO, LOMO).
+                return super().create_optimizer(model)
+            groups = optimizer_groups(model, self.parameter_groups, self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
+        self.throughput.losses_are_finite = self.throughput.losses_are_finite & torch.isfinite(loss)
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        started = time.perf_counter()
+        dataloader = self.get_eval_dataloader(eval_dataset)
+
+        def on_batch() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        self.callback_handler.eval_dataloader = dataloader
+        with self.compute_loss_context_manager():
+            result = measure_perplexity(
+                self.model,
+                dataloader,
+                utf8_bytes=self.validation_bytes if eval_dataset is None else None,
+                gather=self.accelerator.gather_for_metrics,
+                on_batch=on_batch,
+            )
+        self.last_perplexity = result
+        metrics = {
+            f"{metric_key_prefix}_loss": result.loss,
+            f"{metric_key_prefix}_perplexity": result.perplexity,
+            f"{metric_key_prefix}_runtime": round(time.perf_counter() - started, 4),
+        }
+        if result.bits_per_byte is not None:
+            metrics[f"{metric_key_prefix}_bits_per_byte"] = result.bits_per_byte
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.throughput.metrics(self.model, self.args.device))
+            logs.update(beta_range(self.model))
+        super().log(logs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.write_card is not None and self.args.should_save:
+            self.write_card(Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise TrainingError(f"weights are not finite at step {step}; {self.last_good_checkpoint()}")
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TrainingError(
+                f"checkpoint of step {step} could not be written ({reason}); {self.last_good_checkpoint()}"
+            ) from error
+
+    def last_good_checkpoint(self) -> str:
+        """Words for an error message: where the run can go on from."""
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if checkpoint is None:
+            return "there is no earlier checkpoint"
+        return f"the last good checkpoint is {checkpoint} (go on from it with --resume)"
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The checkpoint-N folder with the largest N that was written to its end, None when there is none.
+
+    trainer_state.json is written last; one that cannot be read marks a folder that a crash left behind.
+    """
+    steps = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            steps.append((int(state["global_step"]), folder))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(steps)[1] if steps else None
+
+
+def beta_range(model: torch.nn.Module) -> dict[str, float]:
+    """Smallest and largest beta of a CR-Net model; nothing for other models."""
+    betas = [module.beta.detach().reshape(()) for module in model.modules() if isinstance(module, CrossLayerLinear)]
+    if not betas:
+        return {}
+    values = torch.stack(betas)
+    return {"beta_min": values.min().item(), "beta_max": values.max().item()}
+
+
+class _Throughput(TrainerCallback):
+    """Tokens per second of training alone, without evaluation and saving, since the last log."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.tokens = 0  # since the last log
+        self.seconds = 0.0
+        self.total_tokens = 0  # of this process, without the first step, which warms up
+        self.total_seconds = 0.0
+        self.losses_are_finite: torch.Tensor | bool = True
+        self._step_started = 0.0
+        self._is_first_step = True
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._step_started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self._is_first_step:
+            self._is_first_step, self.tokens = False, 0
+            return
+        self.seconds += time.perf_counter() - self._step_started
+
+    def metrics(self, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
+        if not self.seconds:
+            return {}
+        tokens_per_s = self.tokens / self.seconds
+        self.total_tokens, self.total_seconds = self.total_tokens + self.tokens, self.total_seconds + self.seconds
+        self.tokens, self.seconds = 0, 0.0
+        metrics = {"tokens_per_s": round(tokens_per_s, 1)}
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if peak is not None:
+            world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+            flops = training_flops_per_token(cast(CRNetConfig, model.config), self.block_size)
+            metrics["mfu"] = round(tokens_per_s * flops / peak / world, 4)
+        return metrics
+
+
+class StopWhenNotFinite(TrainerCallback):
+    """Stops a run whose loss is no longer finite, with the step and the last good checkpoint.
+
+    Looked at after every step on the CPU and whenever something is logged or saved elsewhere, where reading the loss
+    makes the host wait.
+    """
+
+    def __init__(self, trainer: PretrainTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if args.device.type != "cpu" and not (control.should_log or control.should_save):
+            return
+        if not bool(self.trainer.throughput.losses_are_finite):
+            raise TrainingError(
+                f"the loss is not finite at step {state.global_step}; {self.trainer.last_good_checkpoint()}; "
+                "lower learning_rate, or set max_grad_norm"
+            )
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bar, with loss and tokens/s beside its ETA instead of a line per log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.3f}"}
+            if "tokens_per_s" in logs:
+                shown["tokens/s"] = f"{logs['tokens_per_s']:,.0f}"
+            self.training_bar.set_postfix(shown)
+        elif "eval_loss" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, "
+                f"perplexity {logs['eval_perplexity']:.2f}"
+            )
