@@ -329,7 +329,7 @@ def test_a_full_disk_is_a_clear_error(make, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepare_module, "_write_split", full)
-    with pytest.raises(DataError, match=r"cannot write the data cache \(No space left on device\)"):
+    with pytest.raises(DataError, match=r"building the data cache failed \(No space left on device\)"):
         prepare_data(make())
     assert cache_entries(make()) == []
 

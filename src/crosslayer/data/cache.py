@@ -69,7 +69,7 @@ def building(folder: Path) -> Iterator[Path]:
     it.
 
     Two processes may build the same folder: the first to finish wins. A complete folder is never replaced.
-    Raises DataError when the disk refuses (full, read-only).
+    Raises DataError when the disk refuses (full, read-only) or a source breaks off.
     """
     temporary = None
     try:
@@ -80,8 +80,8 @@ def building(folder: Path) -> Iterator[Path]:
         _move_into_place(temporary, folder)
     except OSError as error:
         raise DataError(
-            f"{folder.parent}: cannot write the data cache ({error.strerror or error}); "
-            "free some space or choose another cache_dir"
+            f"{folder.parent}: building the data cache failed ({error.strerror or error}); "
+            "check the source and the free space, or choose another cache_dir"
         ) from error
     finally:
         if temporary is not None:

@@ -4,11 +4,15 @@
     stream        s a b e s c e s d f g e
     blocks of 5   s a b e s | s c e s d | d f g e .      stride 4: the first token repeats the last one
 
-Each token is predicted from the one before it, so a block of T tokens has T - 1 predictions; with stride T
-- 1 every token except the start tokens is a label exactly once. Start tokens and the first token of a
-block are no labels: the first has nothing to be predicted from, the second was a label in the block before.
+Each token is predicted from the one before it, so a block of T tokens has T - 1 predictions. As the stride
+is T - 1 too, every token except the start tokens is a label exactly once. Start tokens and the first token of
+a block are no labels: the former have nothing to be predicted from, the latter was a label in the block before.
 Position ids restart at 0 at each document and each block; transformers derives from the restarts that
 documents in one block must not attend to each other.
+
+transformers builds that mask only when it gets neither an attention mask nor a cache: collate the blocks with
+`default_data_collator` (a padding collator adds an attention mask of ones), and call the model with
+`use_cache=False` (`Trainer` does).
 
 Letters: T block size, N blocks. All arrays here are numpy; ids and positions int32.
 """

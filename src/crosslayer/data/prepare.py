@@ -1,7 +1,9 @@
 """The way from a configuration to packed, cached blocks.
 
-open_source -> split by hash -> tokenizer -> pack -> cache            prepare_data
-open_source -> (one side of the split) -> pack                        load_evaluation_data
+The two ways through this package:
+
+    open_source -> split by hash -> tokenizer -> pack -> cache            prepare_data
+    open_source -> (one side of the split) -> pack                        load_evaluation_data
 """
 
 from __future__ import annotations
@@ -257,38 +259,30 @@ def _split(config: DataConfig, source: Source, held_out_source: Source | None) -
     """Split a source that lies on disk. Raises DataError when one side would be empty."""
     documents = _read(source, config.max_documents)
     dataset = cast("Dataset", documents.dataset)
-    digests = {index: text_digest(text) for index, text in _texts(dataset)}
-    if not digests:
+    whole, skipped, held_out = _held_out(config, held_out_source)
+    sides: dict[bool, list[int]] = {True: [], False: []}
+    for index, text in _texts(dataset):
+        sides[_is_held_out(text, config, held_out)].append(index)
+    train, chosen = sides[False], sides[True]
+    if not train and not chosen:
         raise DataError(f"{source.label}: no document holds any text{_skipped_note(documents.skipped)}")
-    if held_out_source is None:
-        chosen = [i for i, digest in digests.items() if goes_to_validation(digest, config.validation_fraction)]
-        chosen_set = set(chosen)
-        train = [i for i in digests if i not in chosen_set]
+    if whole is None:
         _check_sides(config, source, len(train), len(chosen))
         validation = dataset.select(chosen[: config.max_validation_documents])
-        return _Split(dataset.select(train), validation, frozenset(), documents.skipped)
-
-    validation, skipped = _whole(config, held_out_source)
-    held_out = frozenset(text_digest(text) for _, text in _texts(validation))
-    train = [i for i, digest in digests.items() if digest not in held_out]
+        return _Split(dataset.select(train), validation, held_out, documents.skipped)
     if not train:
         raise DataError(
-            f"{source.label}: each of its {len(digests)} documents is also in validation_data, so that "
+            f"{source.label}: each of its {len(chosen)} documents is also in validation_data, so that "
             "none is left to train on; give another source as validation_data"
         )
-    duplicates = len(digests) - len(train)
-    if duplicates:
-        _log.warning("%s: left out %d documents that validation_data holds too", source.label, duplicates)
-    return _Split(dataset.select(train), validation, held_out, documents.skipped + skipped, duplicates)
+    if chosen:
+        _log.warning("%s: left out %d documents that validation_data holds too", source.label, len(chosen))
+    return _Split(dataset.select(train), whole, held_out, documents.skipped + skipped, len(chosen))
 
 
 def _split_stream(config: DataConfig, source: Source, held_out_source: Source | None) -> _Split:
     """Read a stream as far as needed for the validation split and for training the tokenizer."""
-    held_out: frozenset[bytes] = frozenset()
-    whole, skipped = None, 0
-    if held_out_source is not None:
-        whole, skipped = _whole(config, held_out_source)
-        held_out = frozenset(text_digest(text) for _, text in _texts(whole))
+    whole, skipped, held_out = _held_out(config, held_out_source)
     want_validation = 0 if whole is not None else _validation_cap(config)
     want_train = 1
     if config.tokenizer is None:
@@ -371,6 +365,14 @@ def _validation_documents(config: DataConfig, source: Source, *, whole: bool) ->
                     break
     _check_sides(config, source, seen, len(chosen))
     return documents_from_pairs(chosen)
+
+
+def _held_out(config: DataConfig, source: Source | None) -> tuple[Dataset | None, int, frozenset[bytes]]:
+    """The documents of `validation_data`, what was skipped there, and their digests; none for a split by hash."""
+    if source is None:
+        return None, 0, frozenset()
+    dataset, skipped = _whole(config, source)
+    return dataset, skipped, frozenset(text_digest(text) for _, text in _texts(dataset))
 
 
 def _whole(config: DataConfig, source: Source) -> tuple[Dataset, int]:

@@ -67,10 +67,14 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
     settings = dict(recipe.model)
     if tokenizer is not None:
         settings.setdefault("vocab_size", len(tokenizer))
-        if settings["vocab_size"] < len(tokenizer):
+        # T5's tokenizer has 32,100 entries, the field's models 32,000: the rest are sentinels that no text yields.
+        sentinels = set(tokenizer.all_special_ids)
+        needed = max((i for i in range(len(tokenizer)) if i not in sentinels), default=-1) + 1
+        needed = max(needed, document_start_id(tokenizer) + 1, document_end_id(tokenizer) + 1)
+        if settings["vocab_size"] < needed:
             raise ConfigError(
-                f"model.vocab_size={settings['vocab_size']} is below the tokenizer's {len(tokenizer)}; leave it out or "
-                "raise it"
+                f"model.vocab_size={settings['vocab_size']} is below the {needed} tokens that the tokenizer can yield; "
+                "leave it out or raise it"
             )
         settings.setdefault("bos_token_id", document_start_id(tokenizer))
         settings.setdefault("eos_token_id", document_end_id(tokenizer))
@@ -207,6 +211,9 @@ def pretrain(
     show_plan(plan)
     if dry_run:
         return None
+    finished = _finished_report(output_dir, plan) if resume else None
+    if finished is not None:
+        return finished
 
     if overwrite and output_dir.exists():
         shutil.rmtree(output_dir)
@@ -297,6 +304,19 @@ def _train(
         ) from error
     report.model = trainer.model
     report.tokenizer = prepared.tokenizer
+    return report
+
+
+def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:
+    """The report of a run that has taken all its steps, with its model; None when there is work left."""
+    content = _read_json(output_dir / "report.json")
+    if content is None or content["steps"] < plan.steps or not (output_dir / MODEL_FOLDER / "config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    report = RunReport(**content)
+    report.model = CRNetForCausalLM.from_pretrained(output_dir / MODEL_FOLDER)
+    report.tokenizer = AutoTokenizer.from_pretrained(output_dir / MODEL_FOLDER)
     return report
 
 

@@ -1,0 +1,45 @@
+# make pretrain    set up everything, pre-train a small CR-Net on real text, show what it learned
+# make test        set up everything, run the whole test-suite
+# make lint types  style and type checks
+#
+# PYTHON=python3.12 make pretrain   picks another interpreter (3.11 or newer)
+# make pretrain ARGS="--overwrite --max_steps 100"   passes options on to `crosslayer pretrain`
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+RUN = runs/crnet_python_library
+ARGS ?= $(if $(wildcard $(RUN)/run.json),--resume)
+
+.PHONY: pretrain test test-fast lint types check clean
+
+pretrain: $(READY)
+	@echo "== Pre-training a CR-Net on the Python standard library's own text (a few minutes on two CPU cores)"
+	@$(BIN)/crosslayer pretrain --recipe recipes/crnet_python_library.yaml --output_dir $(RUN) $(ARGS)
+
+test: $(READY)
+	@echo "== Running all tests"
+	@$(BIN)/python -m pytest -q
+
+test-fast: $(READY)
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY)
+	@$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crosslayer needs Python 3.11 or newer; this is %s. Name one: make PYTHON=python3.12" % sys.version.split()[0] or 0)'
+	@echo "== Setting up the virtual environment $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,track]"
+	@touch $@

@@ -1,0 +1,57 @@
+"""torch.compile and torch.export of the whole model."""
+
+import pytest
+import torch
+
+from model_cases import gradients, model_of, tokens
+from tolerances import assert_all_close, assert_close
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [("cross_layer", "inductor"), ("cross_layer", "aot_eager"), ("cola", "aot_eager"), ("dense", "aot_eager")],
+)
+def test_compile_without_graph_breaks(case, backend):
+    model = model_of(case, num_hidden_layers=2).train()
+    eager = model(tokens(), labels=tokens(), use_cache=False)
+    eager.loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    output = compiled(tokens(), labels=tokens(), use_cache=False)
+    output.loss.backward()
+    assert_close(output.logits, eager.logits)
+    assert_close(output.loss, eager.loss)
+    assert_all_close(gradients(model), expected)
+
+
+def test_compile_with_fused_loss():
+    model = model_of("cross_layer", num_hidden_layers=2).train()
+    model.fused_loss = True
+    expected = model(tokens(), labels=tokens(), use_cache=False).loss
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(tokens(), labels=tokens(), use_cache=False).loss, expected)
+
+
+@pytest.mark.parametrize("case", ["cross_layer", "cola"])
+def test_export(case):
+    model = model_of(case)
+    exported = torch.export.export(
+        model,
+        (),
+        {"input_ids": tokens(), "use_cache": False},
+        dynamic_shapes={"input_ids": {1: torch.export.Dim("length", min=2, max=64)}, "use_cache": None},
+        strict=False,
+    )
+    for length in (17, 11):
+        ids = tokens(length=length)
+        assert_close(exported.module()(input_ids=ids, use_cache=False).logits, model(ids, use_cache=False).logits)
