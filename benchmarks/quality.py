@@ -23,11 +23,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time on two cores
 
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 3}
-BLOCK_SIZE, BATCH_SIZE, VOCABULARY = 256, 8, 2048
-TUNING_STEPS, FINAL_STEPS = 125, 500
+BLOCK_SIZE, BATCH_SIZE, VOCABULARY = 256, 4, 2048
+TUNING_STEPS, FINAL_STEPS = 250, 1000
 TUNING_SEED, FINAL_SEEDS = 100, (0, 1, 2)
 TUNING_VALIDATION_BLOCKS = 150
-MAX_TUNING_RUNS = 14
+MAX_TUNING_RUNS = 12
 
 # Ranks: CR-Net h/4, the others so that the parameters without embeddings and head are equal to CR-Net's.
 METHODS = {
@@ -44,7 +44,7 @@ RATES = {
     "low_rank": ("embedding", "low_rank"),
     "crnet_silu": ("embedding", "full_rank", "low_rank"),
 }
-START = {"embedding": 4e-3, "full_rank": 5e-4, "low_rank": 2e-3}
+START = {"embedding": 2e-3, "full_rank": 5e-4, "low_rank": 2e-3}
 BASE_RATE = 1e-3  # learning_rate of the run: norms; every group has a factor on it
 
 
@@ -172,17 +172,24 @@ def tune(method: str, options) -> tuple[dict[str, float], list[dict]]:
             print(f"{method:10s} {candidate} -> {runs[key]['loss']:.4f}", file=sys.stderr, flush=True)
         return runs[key]["loss"]
 
-    # The rates of the matrices first: they matter most.
-    for kind in sorted(RATES[method], key=("low_rank", "full_rank", "embedding").index):
+    def settle(kind: str) -> None:
+        nonlocal rates
         while len(runs) < MAX_TUNING_RUNS:
-            here = loss(rates)
             lower, upper = {**rates, kind: rates[kind] / 2}, {**rates, kind: rates[kind] * 2}
+            here = loss(rates)
             if loss(lower) < here:
                 rates = lower
             elif loss(upper) < here:
                 rates = upper
             else:
-                break
+                return
+
+    # The rates of the matrices first: they matter most. Again, until a whole round changes nothing.
+    before = None
+    while before != rates and len(runs) < MAX_TUNING_RUNS:
+        before = rates
+        for kind in sorted(RATES[method], key=("low_rank", "full_rank", "embedding").index):
+            settle(kind)
     return rates, list(runs.values())
 
 

@@ -74,9 +74,7 @@ def test_linear_shapes():
 
 
 def test_rank_pattern():
-    config = config_of(
-        "cross_layer", rank_pattern={r"layers\.1\.(gate|up)": 11, "down": 3, r".*2\.[qk]": 5, "1.v": 9}
-    )
+    config = config_of("cross_layer", rank_pattern={r"layers\.1\.(gate|up)": 11, "down": 3, r".*2\.[qk]": 5, "1.v": 9})
     ranks = [[config.linear_rank(layer, position) for position in POSITIONS] for layer in range(3)]
     assert ranks == [
         [None] * 7,
@@ -88,9 +86,9 @@ def test_rank_pattern():
 @pytest.mark.parametrize("pattern", ["own", "dow", "layers", r"layers\.1", "2", "layer.1.q"])
 def test_rank_pattern_matches_whole_names_only(pattern):
     """As in PEFT: the whole name, or its end after a dot. Anything else matches nothing, which is refused."""
-    assert f"rank_pattern keys ['{pattern}'] match no low-rank linear" in refusal(
-        rank_pattern={pattern: 3}
-    ).replace("\\\\", "\\")
+    assert f"rank_pattern keys ['{pattern}'] match no low-rank linear" in refusal(rank_pattern={pattern: 3}).replace(
+        "\\\\", "\\"
+    )
 
 
 def test_first_layer_rank():

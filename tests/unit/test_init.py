@@ -26,9 +26,7 @@ def check_normal(weight, std, what):
     n = weight.numel()
     assert abs(weight.mean().item()) < 5 * std / n**0.5, what
     assert weight.std().item() == pytest.approx(std, rel=5 * (2 * n) ** -0.5), what
-    assert (weight.abs() > 2 * std).float().mean().item() == pytest.approx(
-        0.0455, abs=5 * (0.0455 / n) ** 0.5
-    ), what
+    assert (weight.abs() > 2 * std).float().mean().item() == pytest.approx(0.0455, abs=5 * (0.0455 / n) ** 0.5), what
 
 
 def check_norms_and_biases(model):
@@ -141,9 +139,7 @@ def test_missing_parts_are_initialised_as_in_the_table(tmp_path):
 
     model = model_of("cross_layer")
     model.save_pretrained(tmp_path)
-    classifier, info = CRNetForSequenceClassification.from_pretrained(
-        tmp_path, num_labels=40, output_loading_info=True
-    )
+    classifier, info = CRNetForSequenceClassification.from_pretrained(tmp_path, num_labels=40, output_loading_info=True)
     assert set(info["missing_keys"]) == {"score.weight"}
     check_normal(classifier.score.weight, SHAPE["initializer_range"], "score")
     decoder = model.model.state_dict()

@@ -459,14 +459,15 @@ def fused_cross_entropy(
     """Next-token cross entropy without the [B, T, V] logits, where torch offers that (2.13).
 
     Same arguments and result as transformers' `ForCausalLMLoss`: the sum over predicted tokens divided by
-    `num_items_in_batch`, or their mean. Older torch, and a head that is not a plain `nn.Linear` (LoRA, quantised),
-    take the logits in one piece.
+    `num_items_in_batch`, or their mean. Older torch, a compiled graph (torch's chunks would break it) and a head that
+    is not a plain `nn.Linear` (LoRA, quantised) take the logits in one piece.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(hidden_states.device)
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    if type(lm_head) is nn.Linear and hasattr(nn, "LinearCrossEntropyOptions"):
+    offered = hasattr(nn, "LinearCrossEntropyOptions") and not torch.compiler.is_compiling()
+    if offered and type(lm_head) is nn.Linear:
         # Per-token losses of half-precision models are summed in float32: torch's own sum comes back in bfloat16.
         half = flat.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(flat.device.type)
         loss = nn.functional.linear_cross_entropy(

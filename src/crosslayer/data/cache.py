@@ -1,9 +1,11 @@
 """Folders of prepared data: written whole or not at all, checked before they are used.
 
-<cache_dir>/<key>/train/  validation/    datasets written by `save_to_disk`
-                  tokenizer/             `save_pretrained`
-                  statistics.json        sizes of the splits
-                  manifest.json          name and size of every other file; written last
+The layout, where the key is a hash over everything the blocks depend on:
+
+    <cache_dir>/<key>/train/  validation/    datasets written by `save_to_disk`
+                      tokenizer/             `save_pretrained`
+                      statistics.json        sizes of the splits
+                      manifest.json          name and size of every other file; written last
 """
 
 from __future__ import annotations

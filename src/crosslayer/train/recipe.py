@@ -120,11 +120,13 @@ def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
 
 
 def parse_value(text: str) -> Any:
-    """The value of a command-line override, read as YAML: numbers, true/false, null, lists, text."""
+    """The value of a command-line override, read as YAML: numbers, true/false, null, [lists], {mappings}, text."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
+    is_bare_mapping = isinstance(value, dict) and not text.startswith("{")  # a path or prompt with a colon
+    return text if is_bare_mapping else value
 
 
 class _Loader(yaml.SafeLoader):
