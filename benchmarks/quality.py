@@ -26,7 +26,7 @@ SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "
 BLOCK_SIZE, BATCH_SIZE, VOCABULARY = 256, 4, 2048
 TUNING_STEPS, FINAL_STEPS = 250, 1000
 TUNING_SEED, FINAL_SEEDS = 100, (0, 1, 2)
-TUNING_VALIDATION_BLOCKS = 150
+TUNING_VALIDATION_BLOCKS = 148
 MAX_TUNING_RUNS = 12
 
 # Ranks: CR-Net h/4, the others so that the parameters without embeddings and head are equal to CR-Net's.

@@ -8,7 +8,9 @@ from torch import distributed as dist
 from torch import multiprocessing
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
 
+from crosslayer.crnet import CRNetForCausalLM
 from model_cases import model_of, tokens
 
 pytestmark = pytest.mark.slow
@@ -57,6 +59,12 @@ WRAPPERS = {
     "ddp_cola": DistributedDataParallel,
 }
 
+# name -> (how transformers distributes the model while loading it, whether each process has rows of its own)
+LOADERS = {
+    "load_tp": ({"tp_size": WORLD, "tp_plan": "auto"}, False),
+    "load_fsdp": ({"fsdp_size": WORLD}, True),
+}
+
 
 def case_of(name):
     return "cola" if name.endswith("cola") else "gqa"
@@ -79,13 +87,24 @@ def train(model, rows):
     return losses
 
 
+def train_distributed(name, rank, folder):
+    own_rows = slice(rank, rank + 1)
+    if name in WRAPPERS:
+        return train(WRAPPERS[name](model_of(case_of(name)).train()), own_rows)
+    arguments, splits_rows = LOADERS[name]
+    model = CRNetForCausalLM.from_pretrained(
+        f"{folder}/{case_of(name)}", distributed_config=DistributedConfig(**arguments)
+    )
+    return train(model.train(), own_rows if splits_rows else slice(None))
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     results = {}
-    for name, wrap in WRAPPERS.items():
+    for name in (*WRAPPERS, *LOADERS):
         try:
-            results[name] = train(wrap(model_of(case_of(name)).train()), slice(rank, rank + 1))
+            results[name] = train_distributed(name, rank, folder)
         except Exception:
             results[name] = traceback.format_exc()
     if rank == 0:
@@ -95,13 +114,14 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Every wrapper in one pair of processes, since starting them costs more than the training."""
+    """All of them in one pair of processes, since starting those costs more than the training."""
     folder = tmp_path_factory.mktemp("distributed")
+    model_of("gqa").save_pretrained(folder / "gqa")
     multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
     return torch.load(folder / "results.pt")
 
 
-@pytest.mark.parametrize("name", [name for name in WRAPPERS if name != "fsdp_bf16_all"])
+@pytest.mark.parametrize("name", [name for name in (*WRAPPERS, *LOADERS) if name != "fsdp_bf16_all"])
 def test_losses_equal_one_process(results, name):
     losses = results[name]
     assert not isinstance(losses, str), losses

@@ -94,6 +94,7 @@ def test_rank_pattern_matches_whole_names_only(pattern):
 def test_first_layer_rank():
     config = config_of("first_layer_rank")
     assert [config.linear_rank(0, position) for position in POSITIONS] == [5] * 7
+    assert [config.linear_rank(1, position) for position in POSITIONS] == [7] * 7
     # rank_pattern speaks of the other layers
     assert config_of("first_layer_rank", rank_pattern={"q": 3}).linear_rank(0, "q") == 5
     low_rank = config_of("low_rank", rank_pattern={r"layers\.0\.q": 3})

@@ -7,7 +7,6 @@ CROSSLAYER_DEBUG=1 shows the traceback of an error.
 import os
 import sys
 
-import click
 import typer
 
 from ..errors import CrossLayerError, TrainingError
@@ -21,6 +20,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+# What the parser raises for wrong options and verbs; typer exports it only as the base of this one.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=ANY_FIELD)(pretrain.pretrain)
 app.command()(evaluate.evaluate)
@@ -32,13 +33,11 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.Abort:
-        fail("interrupted", 1)
-    except click.ClickException as error:
-        fail(error.format_message(), 2, error)
+    except USAGE_ERROR as error:
+        fail(error.format_message(), 2, error)  # type: ignore[attr-defined]
     except CrossLayerError as error:
         fail(str(error), 1 if isinstance(error, TrainingError) else 2, error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", 1)
     except Exception as error:
         fail(f"{type(error).__name__}: {error} (CROSSLAYER_DEBUG=1 shows where)", 1, error)

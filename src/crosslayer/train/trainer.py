@@ -20,11 +20,12 @@ from .parameter_groups import ParameterGroups, optimizer_groups
 
 
 class PretrainTrainer(Trainer):
-    """Trainer with four differences, each in one method.
+    """Trainer with five differences, each in one method.
 
     - `create_optimizer`: learning-rate factors and weight decay by kind of parameter;
     - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
       Trainer is a mean of batch means);
+    - `get_eval_dataloader`: the last, smaller batch too, whatever `dataloader_drop_last` says;
     - `log`: tokens/s, model FLOPs utilisation and the range of beta beside the loss;
     - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite.
     """
@@ -68,6 +69,14 @@ class PretrainTrainer(Trainer):
         self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
         self.throughput.losses_are_finite = self.throughput.losses_are_finite & torch.isfinite(loss)
         return loss
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # `dataloader_drop_last` is for training steps of equal size; evaluation reads the whole split.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         started = time.perf_counter()
