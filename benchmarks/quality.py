@@ -27,7 +27,7 @@ BLOCK_SIZE, BATCH_SIZE, VOCABULARY = 256, 4, 2048
 TUNING_STEPS, FINAL_STEPS = 250, 1000
 TUNING_SEED, FINAL_SEEDS = 100, (0, 1, 2)
 TUNING_VALIDATION_BLOCKS = 148
-MAX_TUNING_RUNS = 12
+MAX_TUNING_RUNS = 16
 
 # Ranks: CR-Net h/4, the others so that the parameters without embeddings and head are equal to CR-Net's.
 METHODS = {
@@ -44,7 +44,7 @@ RATES = {
     "low_rank": ("embedding", "low_rank"),
     "crnet_silu": ("embedding", "full_rank", "low_rank"),
 }
-START = {"embedding": 2e-3, "full_rank": 5e-4, "low_rank": 2e-3}
+START = {"embedding": 8e-3, "full_rank": 5e-4, "low_rank": 1e-3}
 BASE_RATE = 1e-3  # learning_rate of the run: norms; every group has a factor on it
 
 
@@ -184,11 +184,11 @@ def tune(method: str, options) -> tuple[dict[str, float], list[dict]]:
             else:
                 return
 
-    # The rates of the matrices first: they matter most. Again, until a whole round changes nothing.
+    # The embeddings first: their rate matters most. Again, until a whole round changes nothing.
     before = None
     while before != rates and len(runs) < MAX_TUNING_RUNS:
         before = rates
-        for kind in sorted(RATES[method], key=("low_rank", "full_rank", "embedding").index):
+        for kind in sorted(RATES[method], key=("embedding", "low_rank", "full_rank").index):
             settle(kind)
     return rates, list(runs.values())
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crosslayer.crnet import CrossLayerLinear, LowRankLinear
 from model_cases import CASES, model_of
@@ -240,6 +241,15 @@ def test_replaced_or_watched_factors_are_asked():
     linear.B.register_full_backward_pre_hook(lambda *_: seen.append("before backward"))
     linear(x, previous).sum().backward()
     assert {"backward", "before backward"} <= set(seen)
+
+
+def test_runs_on_fake_tensors():
+    """Memory estimates run the model without data, where b has no value to read."""
+    with FakeTensorMode():
+        linear = CrossLayerLinear(48, 130, 7)
+        output = linear(torch.randn(2, 5, 48), torch.randn(2, 5, 130))
+        output.sum().backward()
+    assert output.shape == (2, 5, 130)
 
 
 def test_backward_pre_hook_alone_is_called():

@@ -86,6 +86,7 @@ class CrossLayerLinear(LowRankLinear):
             and B.bias is None
             and not (B._forward_hooks or B._forward_pre_hooks or B._backward_hooks or B._backward_pre_hooks)
             and low_rank.device.type == "cpu"
+            and type(low_rank) is torch.Tensor  # not a fake one, which has no value of b to read
             and low_rank.dtype == previous.dtype == B.weight.dtype
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()

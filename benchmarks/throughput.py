@@ -1,0 +1,149 @@
+"""Training throughput on a CPU against transformers' Llama of the same shape, and where the time goes.
+
+    python benchmarks/throughput.py
+
+One step is forward, backward and AdamW on the same tokens. The contenders take turns within one process, so that a
+change of the machine's speed meets all of them; the figure is the median of the steps after a warm-up, as a ratio to
+transformers' Llama. Every contender takes its loss the same way (transformers' own, on the logits).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CrossLayerLinear
+from crosslayer.train.run import describe_run
+
+SHAPE = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 1024,
+}
+# Operators by what they do; what is in no group is "other".
+GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
+    "attention": ("flash_attention", "scaled_dot_product"),
+    "optimizer": ("Optimizer", "_fused_adamw", "_foreach"),
+    "norms": ("rms_norm", "aten::rsqrt", "aten::pow", "aten::mean"),
+    "loss": ("log_softmax", "nll_loss", "cross_entropy"),
+    "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous", "aten::fill_", "aten::zero_"),
+    "elementwise": ("aten::mul", "aten::add", "aten::silu", "aten::neg", "aten::sum", "aten::dot", "aten::where"),
+}
+
+
+def plain_forward(self, x, previous):
+    """CR-Net's linear in one line of ordinary autograd."""
+    return self.b() * previous + self.B(self.A(x))
+
+
+def contenders(recompute_shape: dict) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    models = {
+        "transformers Llama": LlamaForCausalLM(LlamaConfig(**recompute_shape)),
+        "dense": CRNetForCausalLM(CRNetConfig(**recompute_shape, factorization="dense")),
+        "CR-Net": CRNetForCausalLM(CRNetConfig(**recompute_shape)),
+        "CR-Net written plainly": CRNetForCausalLM(CRNetConfig(**recompute_shape)),
+        "CoLA": CRNetForCausalLM(CRNetConfig(**recompute_shape, factorization="cola")),
+    }
+    for module in models["CR-Net written plainly"].modules():
+        if isinstance(module, CrossLayerLinear):
+            module.forward = plain_forward.__get__(module)
+    return models
+
+
+def make_step(model: torch.nn.Module, ids: torch.Tensor):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def where_time_goes(step) -> dict[str, float]:
+    """Share of the operators' own time by group, over three steps."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step()
+    seconds = dict.fromkeys([*GROUPS, "other"], 0.0)
+    for event in profiler.key_averages():
+        group = next((g for g, names in GROUPS.items() if any(name in event.key for name in names)), "other")
+        seconds[group] += event.self_cpu_time_total / 1e6 / 3
+    return {group: round(value, 4) for group, value in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12, help="counted steps of each contender")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--sequence", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput_cpu.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    ids = torch.randint(SHAPE["vocab_size"], (options.batch, options.sequence))
+    models = contenders(SHAPE)
+    steps = {name: make_step(model.train(), ids) for name, model in models.items()}
+    operations = {}
+    for name, model in models.items():
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        operations[name] = counter.get_total_flops()
+        model.zero_grad()
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(options.steps + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - started)
+
+    reference = "transformers Llama"
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    rows = {}
+    for name, times in seconds.items():
+        quantiles = statistics.quantiles(times, n=5)
+        rows[name] = {
+            "tokens_per_s": round(ids.numel() / medians[name], 1),
+            "step_s": {"median": round(medians[name], 4), "p20": round(quantiles[0], 4), "p80": round(quantiles[-1], 4)},
+            "speed_over_llama": round(medians[reference] / medians[name], 3),
+            "matrix_operations": operations[name],
+            "speed_if_operations_decided": round(operations[reference] / operations[name], 3),
+            "parameters": sum(parameter.numel() for parameter in models[name].parameters()),
+        }
+    content = {
+        "what": "training throughput (forward, backward, AdamW), float32, interleaved in one process",
+        "shape": {**SHAPE, "batch": options.batch, "sequence": options.sequence, "rank": SHAPE["hidden_size"] // 4},
+        "steps": options.steps,
+        "threads": options.threads,
+        "run": {**describe_run(), "command": "python benchmarks/throughput.py"},
+        "contenders": rows,
+        "seconds_per_step_by_operator": {name: where_time_goes(steps[name]) for name in (reference, "CR-Net", "CoLA")},
+    }
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    print("| | tokens/s | over Llama | by operations alone |\n|---|---|---|---|")
+    for name, row in rows.items():
+        print(
+            f"| {name} | {row['tokens_per_s']:,.0f} | {row['speed_over_llama']:.2f} | "
+            f"{row['speed_if_operations_decided']:.2f} |"
+        )
+    for name, groups in content["seconds_per_step_by_operator"].items():
+        print(name, groups)
+
+
+if __name__ == "__main__":
+    main()
