@@ -46,14 +46,14 @@ def plain_forward(self, x, previous):
     return self.b() * previous + self.B(self.A(x))
 
 
-def contenders(recompute_shape: dict) -> dict[str, torch.nn.Module]:
+def contenders(shape: dict) -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
     models = {
-        "transformers Llama": LlamaForCausalLM(LlamaConfig(**recompute_shape)),
-        "dense": CRNetForCausalLM(CRNetConfig(**recompute_shape, factorization="dense")),
-        "CR-Net": CRNetForCausalLM(CRNetConfig(**recompute_shape)),
-        "CR-Net written plainly": CRNetForCausalLM(CRNetConfig(**recompute_shape)),
-        "CoLA": CRNetForCausalLM(CRNetConfig(**recompute_shape, factorization="cola")),
+        "transformers Llama": LlamaForCausalLM(LlamaConfig(**shape)),
+        "dense": CRNetForCausalLM(CRNetConfig(**shape, factorization="dense")),
+        "CR-Net": CRNetForCausalLM(CRNetConfig(**shape)),
+        "CR-Net written plainly": CRNetForCausalLM(CRNetConfig(**shape)),
+        "CoLA": CRNetForCausalLM(CRNetConfig(**shape, factorization="cola")),
     }
     for module in models["CR-Net written plainly"].modules():
         if isinstance(module, CrossLayerLinear):
@@ -119,7 +119,11 @@ def main() -> None:
         quantiles = statistics.quantiles(times, n=5)
         rows[name] = {
             "tokens_per_s": round(ids.numel() / medians[name], 1),
-            "step_s": {"median": round(medians[name], 4), "p20": round(quantiles[0], 4), "p80": round(quantiles[-1], 4)},
+            "step_s": {
+                "median": round(medians[name], 4),
+                "p20": round(quantiles[0], 4),
+                "p80": round(quantiles[-1], 4),
+            },
             "speed_over_llama": round(medians[reference] / medians[name], 3),
             "matrix_operations": operations[name],
             "speed_if_operations_decided": round(operations[reference] / operations[name], 3),

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from crosslayer.train import build_recipe
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange potions in old iron pots".split()
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards mix strange potions in old iron pots"
+WORDS = TEXT.split()
 
 
 def write_texts(folder: Path, documents: int = 60, seed: int = 0) -> Path:

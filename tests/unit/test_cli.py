@@ -201,9 +201,7 @@ def test_pretrain_refuses_bad_data(run, root):
 def test_skip_bad_skips_and_counts(run, root):
     texts = write_texts(root / "mixed")
     (texts / "latin.txt").write_bytes("déjà vu".encode("latin-1") * 100)
-    result = run(
-        "pretrain", "--recipe", write_recipe(root), "--data", texts, "--skip_bad", "--dry-run", "--json"
-    )
+    result = run("pretrain", "--recipe", write_recipe(root), "--data", texts, "--skip_bad", "--dry-run", "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out)["data"]["skipped"] == 1
 

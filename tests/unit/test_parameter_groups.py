@@ -31,7 +31,11 @@ def test_groups_of_a_cross_layer_model():
     assert names["model.layers.1.self_attn.q_proj.A.weight"] == "low_rank"
     assert names["model.layers.1.mlp.down_proj.B.weight"] == "low_rank"
     assert names["model.layers.1.mlp.down_proj.beta"] == "beta"
-    for other in ("model.norm.weight", "model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj.B.bias"):
+    for other in (
+        "model.norm.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.self_attn.q_proj.B.bias",
+    ):
         assert names[other] == "other"
 
 

@@ -106,7 +106,7 @@ def test_resume_is_exact(finished, root, monkeypatch, step):
             pretrain(recipe, folder)
     resumed = pretrain(recipe, folder, resume=True)
     last = step - step % 4
-    expected = [line for line in losses(report.history)]
+    expected = list(losses(report.history))
     assert losses(resumed.history)[-len([e for e in expected if e[0] > last]) :] == [e for e in expected if e[0] > last]
     assert resumed.after["loss"] == report.after["loss"]
     assert resumed.before["eval_loss"] == report.before["eval_loss"]

@@ -142,7 +142,12 @@ def test_problems_are_reported_together():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "does not exist"), ("a: [1", "is not YAML"), ("- 1", "is not a mapping"), (b"\xff\xfe\xfa", "cannot be read")],
+    [
+        (None, "does not exist"),
+        ("a: [1", "is not YAML"),
+        ("- 1", "is not a mapping"),
+        (b"\xff\xfe\xfa", "cannot be read"),
+    ],
 )
 def test_unreadable_files(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
