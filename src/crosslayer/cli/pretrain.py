@@ -44,7 +44,7 @@ def pretrain(
         dry_run=dry_run,
         show_plan=(lambda plan: print_json(asdict(plan)) if dry_run else None) if as_json else show_plan,
     )
-    if report is None:
+    if report is None or not training.is_main_process():
         return
     if as_json:
         print_json(report.to_dict())

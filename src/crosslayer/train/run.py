@@ -29,7 +29,7 @@ from ..data import DataStatistics, PreparedData, document_end_id, document_start
 from ..errors import CheckpointError, ConfigError, TrainingError
 from .recipe import Recipe
 from .report import RunReport, write_card, write_report
-from .trainer import PretrainTrainer, last_complete_checkpoint
+from .trainer import EvaluateAtTheEnd, PretrainTrainer, last_complete_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, TrainingArguments
@@ -201,28 +201,25 @@ def pretrain(
     Raises ConfigError, DataError, CheckpointError before anything is written, TrainingError while running.
     """
     output_dir = Path(output_dir)
-    _check_output_dir(output_dir, resume=resume, overwrite=overwrite)
+    if is_main_process():
+        _check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
 
-    prepared = prepare_data(recipe.data)
+    with arguments.main_process_first(desc="data"):  # the others find it in the cache
+        prepared = prepare_data(recipe.data)
     config = build_model_config(recipe, prepared.tokenizer)
     plan = make_plan(recipe, config, prepared, arguments)
-    show_plan(plan)
+    if is_main_process():
+        show_plan(plan)
     if dry_run:
         return None
     finished = _finished_report(output_dir, plan) if resume else None
     if finished is not None:
         return finished
 
-    if overwrite and output_dir.exists():
-        shutil.rmtree(output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.save(output_dir / "recipe.yaml")
-        _write_json(output_dir / RUN_FILE, {**describe_run(), "plan": asdict(plan)})
-    except OSError as error:
-        raise CheckpointError(f"{output_dir} cannot be written: {error.strerror}; choose another folder") from None
+    if is_main_process():
+        _prepare_output_dir(output_dir, recipe, plan, overwrite=overwrite)
     return _train(recipe, config, prepared, arguments, plan, output_dir, resume)
 
 
@@ -273,8 +270,11 @@ def _train(
     else:
         before = trainer.evaluate()
         trainer.state.log_history.clear()
-        _write_json(output_dir / "before.json", before)
+        if is_main_process():
+            _write_json(output_dir / "before.json", before)
 
+    trainer.last_evaluation = None
+    trainer.add_callback(EvaluateAtTheEnd())
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
@@ -282,9 +282,9 @@ def _train(
             f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
         ) from None
 
-    after = trainer.evaluate()
-    assert trainer.last_perplexity is not None
-    report.before, report.after = before, {**after, **trainer.last_perplexity.to_dict()}
+    if trainer.last_evaluation is None:  # resumed after its last step
+        trainer.evaluate()
+    report.before, report.after = before, trainer.last_evaluation
     report.steps = trainer.state.global_step
     report.tokens = int(trainer.state.num_input_tokens_seen)
     throughput = trainer.throughput
@@ -305,6 +305,22 @@ def _train(
     report.model = trainer.model
     report.tokenizer = prepared.tokenizer
     return report
+
+
+def is_main_process() -> bool:
+    """True in a single process and in the first of a distributed launch."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _prepare_output_dir(output_dir: Path, recipe: Recipe, plan: Plan, *, overwrite: bool) -> None:
+    try:
+        if overwrite and output_dir.exists():
+            shutil.rmtree(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        recipe.save(output_dir / "recipe.yaml")
+        _write_json(output_dir / RUN_FILE, {**describe_run(), "plan": asdict(plan)})
+    except OSError as error:
+        raise CheckpointError(f"{output_dir} cannot be written: {error.strerror}; choose another folder") from None
 
 
 def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:

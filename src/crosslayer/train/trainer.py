@@ -15,7 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 from ..accounting import peak_flops, training_flops_per_token
 from ..crnet import CRNetConfig, CrossLayerLinear
 from ..errors import TrainingError
-from ..evaluate import Perplexity, measure_perplexity
+from ..evaluate import measure_perplexity
 from .parameter_groups import ParameterGroups, optimizer_groups
 
 
@@ -46,7 +46,7 @@ class PretrainTrainer(Trainer):
         self.parameter_groups = parameter_groups
         self.validation_bytes = validation_bytes
         self.write_card = write_card
-        self.last_perplexity: Perplexity | None = None
+        self.last_evaluation: dict[str, Any] | None = None
         self.throughput = _Throughput(block_size)
         self.add_callback(self.throughput)
         self.add_callback(StopWhenNotFinite(self))
@@ -94,7 +94,6 @@ class PretrainTrainer(Trainer):
                 gather=self.accelerator.gather_for_metrics,
                 on_batch=on_batch,
             )
-        self.last_perplexity = result
         metrics = {
             f"{metric_key_prefix}_loss": result.loss,
             f"{metric_key_prefix}_perplexity": result.perplexity,
@@ -103,6 +102,7 @@ class PretrainTrainer(Trainer):
         if result.bits_per_byte is not None:
             metrics[f"{metric_key_prefix}_bits_per_byte"] = result.bits_per_byte
         self.log(metrics)
+        self.last_evaluation = {**metrics, **result.to_dict()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -218,6 +218,14 @@ class StopWhenNotFinite(TrainerCallback):
                 f"the loss is not finite at step {state.global_step}; {self.trainer.last_good_checkpoint()}; "
                 "lower learning_rate, or set max_grad_norm"
             )
+
+
+class EvaluateAtTheEnd(TrainerCallback):
+    """Evaluates after the last step, whatever `eval_steps` says, while trackers still listen."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
 class Progress(ProgressCallback):
