@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time on two cores
 
 SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 3}
 BLOCK_SIZE, BATCH_SIZE, VOCABULARY = 256, 4, 2048
-TUNING_STEPS, FINAL_STEPS = 250, 1000
+TUNING_STEPS, FINAL_STEPS = 250, 800
 TUNING_SEED, FINAL_SEEDS = 100, (0, 1, 2)
 TUNING_VALIDATION_BLOCKS = 148
 MAX_TUNING_RUNS = 16

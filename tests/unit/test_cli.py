@@ -115,19 +115,20 @@ def test_dry_run_as_json(run, root):
 
 
 def test_evaluate(run, checkpoint, root):
-    result = run("evaluate", checkpoint, "--data", root / "texts", "--part", "all", "--block-size", 32, "--json")
+    result = run("evaluate", checkpoint, "--data", root / "texts", "--json")
     assert result.code == 0, result.err
     content = json.loads(result.out)
     assert content["documents"] == 60
     assert content["perplexity"] > 1
     assert content["published_perplexity"] < content["perplexity"]
-    shown = run("evaluate", checkpoint, "--data", root / "texts", "--part", "all", "--block-size", 32, "--published")
+    assert (content["part"], content["block_size"]) == ("all", 32)
+    shown = run("evaluate", checkpoint, "--data", root / "texts", "--published")
     assert f"{content['perplexity']:.3f}" in shown.out
     assert "published way" in shown.out
 
 
 def test_evaluate_finds_the_validation_part_again(run, checkpoint, root):
-    arguments = ("--data", root / "texts", "--validation-fraction", 0.2, "--block-size", 32, "--json")
+    arguments = ("--data", root / "texts", "--part", "validation", "--validation-fraction", 0.2, "--json")
     content = json.loads(run("evaluate", checkpoint, *arguments).out)
     report = json.loads((checkpoint / "report.json").read_text())
     assert content["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5)

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosslayer.errors import CheckpointError, ConfigError, TrainingError
+from crosslayer.train import build_recipe
 from crosslayer.train.run import pretrain
 from crosslayer.train.trainer import PretrainTrainer, last_complete_checkpoint
-from tiny_run import tiny_recipe
+from tiny_run import WORDS, tiny_content, tiny_recipe
 
 FILES = ("recipe.yaml", "run.json", "report.json", "report.md", "log.jsonl", "loss.png", "model/config.json")
 
@@ -221,6 +222,51 @@ def test_a_folder_with_other_files_is_not_touched(finished, root):
 def test_nothing_to_resume(finished, root):
     with pytest.raises(CheckpointError, match="no run to resume"):
         pretrain(finished[0], root / "nowhere", resume=True)
+
+
+def test_another_model_cannot_go_on(finished, root):
+    recipe = tiny_recipe(root)
+    recipe.model["rank"] = 4
+    with pytest.raises(ConfigError, match=r"cannot be resumed with another model .*model.rank=4, was 8"):
+        pretrain(recipe, finished[1], resume=True)
+
+
+def test_more_steps_go_on(root):
+    folder = root / "longer"
+    pretrain(tiny_recipe(root, max_steps=4, lr_scheduler_type="constant"), folder)
+    report = pretrain(tiny_recipe(root, max_steps=8, lr_scheduler_type="constant"), folder, resume=True)
+    assert report.steps == 8
+    assert [line["step"] for line in report.history if "loss" in line] == [2, 4, 6, 8]
+
+
+def test_a_streaming_source_trains_and_resumes(root, monkeypatch):
+    """The hub is replaced by a local file, read the way a hub dataset is streamed."""
+    import datasets
+
+    rows = root / "rows.jsonl"
+    texts = [path.read_text() for path in sorted((root / "texts").glob("*.txt"))] or [" ".join(WORDS)] * 60
+    rows.write_text("".join(json.dumps({"text": f"{text} {number}"}) + "\n" for number in range(20) for text in texts))
+    monkeypatch.setattr(
+        "crosslayer.data.sources._load_hub",
+        lambda *_: datasets.load_dataset("json", data_files=str(rows), split="train", streaming=True),
+    )
+    monkeypatch.setattr("crosslayer.data.sources.hub_revision", lambda name: "1")
+    content = tiny_content(root)
+    content["data"] |= {"data": "hf:someone/web", "streaming": True, "max_validation_documents": 8}
+    report = pretrain(build_recipe(content), root / "stream")
+    assert report.plan["train_blocks"] is None
+    assert report.tokens == 12 * 4 * 32
+    assert report.after["eval_loss"] < report.before["eval_loss"]
+    with monkeypatch.context() as patch:
+        interrupt_at(6, patch)
+        with pytest.raises(TrainingError):
+            pretrain(build_recipe(content), root / "stream-again")
+    resumed = pretrain(build_recipe(content), root / "stream-again", resume=True)
+    assert resumed.after["loss"] == report.after["loss"]
+
+    content["training"]["max_steps"] = -1
+    with pytest.raises(ConfigError, match="a streaming source has no length"):
+        pretrain(build_recipe(content), root / "endless")
 
 
 def test_overwrite_starts_again(finished, root):

@@ -11,9 +11,12 @@ def evaluate(
         str, typer.Option(help="python-library, a file, a folder, or hf:owner/name[:config].")
     ] = "python-library",
     part: Annotated[
-        Literal["all", "validation"],
-        typer.Option(help="all of the data, or the validation part that pre-training on it holds out."),
-    ] = "validation",
+        Literal["all", "validation"] | None,
+        typer.Option(
+            help="all of the data, or the validation part that pre-training on it held out "
+            "[default: validation for python-library, all for the rest]."
+        ),
+    ] = None,
     validation_fraction: Annotated[
         float, typer.Option("--validation_fraction", "--validation-fraction", help="As in pre-training.")
     ] = 0.02,
@@ -21,7 +24,10 @@ def evaluate(
         str, typer.Option("--text_column", "--text-column", help="Field that holds the text.")
     ] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
-    block_size: Annotated[int, typer.Option("--block_size", "--block-size", help="Longest context, in tokens.")] = 256,
+    block_size: Annotated[
+        int | None,
+        typer.Option("--block_size", "--block-size", help="Longest context in tokens [default: the model's, <= 1024]."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", "--batch-size", help="Blocks at a time.")] = 8,
     max_documents: Annotated[
         int | None, typer.Option("--max_documents", "--max-documents", help="Read only the first so many.")
@@ -53,8 +59,14 @@ def evaluate(
     from transformers import default_data_collator
 
     from ..data import DataConfig, load_evaluation_data
+    from ..data.config import PYTHON_LIBRARY
     from ..evaluate import measure_perplexity
 
+    part = part or ("validation" if data == PYTHON_LIBRARY else "all")
+    model, tokenizer = load_checkpoint(checkpoint)
+    model.to(choose_device(device))
+    if block_size is None:
+        block_size = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1024), 1024)
     config = DataConfig(
         data=data,
         split=split,
@@ -64,8 +76,6 @@ def evaluate(
         block_size=block_size,
         skip_bad=skip_bad,
     )
-    model, tokenizer = load_checkpoint(checkpoint)
-    model.to(choose_device(device))
     blocks, statistics = load_evaluation_data(config, tokenizer, part=part)
     batches = DataLoader(blocks, batch_size=batch_size, collate_fn=default_data_collator)
     result = measure_perplexity(

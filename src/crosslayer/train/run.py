@@ -27,7 +27,7 @@ from ..accounting import count_parameters, dense_counterpart, estimate_training_
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
 from ..errors import CheckpointError, ConfigError, TrainingError
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe
 from .report import RunReport, write_card, write_report
 from .trainer import EvaluateAtTheEnd, PretrainTrainer, last_complete_checkpoint
 
@@ -203,6 +203,8 @@ def pretrain(
     output_dir = Path(output_dir)
     if is_main_process():
         _check_output_dir(output_dir, resume=resume, overwrite=overwrite)
+    if resume:
+        _check_same_run(recipe, output_dir)
     build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
 
@@ -355,6 +357,26 @@ def _check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> Non
     raise CheckpointError(
         f"{output_dir} holds files that are not of a run and would not be touched; give another --output_dir"
     )
+
+
+def _check_same_run(recipe: Recipe, output_dir: Path) -> None:
+    """A run goes on with its own model and data; steps, rates and intervals may change."""
+    try:
+        earlier = load_recipe(output_dir / "recipe.yaml").to_dict()
+    except ConfigError as error:
+        raise CheckpointError(f"{output_dir} cannot be resumed: {error}") from None
+    now = recipe.to_dict()
+    changed = [
+        f"{section}.{name}={now[section].get(name)!r}, was {earlier[section].get(name)!r}"
+        for section in ("model", "data")
+        for name in sorted({*now[section], *earlier[section]} - {"cache_dir"})
+        if now[section].get(name) != earlier[section].get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{output_dir} cannot be resumed with another model or other data ({'; '.join(changed)}); give the same, "
+            "or another --output_dir"
+        )
 
 
 def describe_run() -> dict[str, Any]:
