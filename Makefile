@@ -20,10 +20,10 @@ pretrain: $(READY)
 
 test: $(READY)
 	@echo "== Running all tests"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-fast: $(READY)
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 lint: $(READY)
 	@$(BIN)/ruff check .
