@@ -277,6 +277,7 @@ def main() -> None:
         "methods": summary,
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n")
+    draw(content, options.out.with_suffix(".png"))
     print_table(content)
 
 
@@ -290,6 +291,33 @@ def print_table(content: dict) -> None:
             f"{row['loss_stdev']:.3f} | {statistics.mean(row['perplexities']):.2f} | "
             f"{statistics.mean(row['bits_per_byte']):.3f} | {rates} |"
         )
+
+
+def draw(content: dict, path: Path) -> None:
+    """Training loss against tokens, mean over the seeds, one line a method."""
+    from matplotlib.figure import Figure
+
+    names = {"crnet": "CR-Net", "dense": "dense", "cola": "CoLA", "low_rank": "plain low rank"}
+    names["crnet_silu"] = "CR-Net, silu in the increment"
+    tokens_per_step = BATCH_SIZE * BLOCK_SIZE
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for method, row in content["methods"].items():
+        steps = [step for step, _ in row["curves"][0]]
+        losses = [statistics.mean(curve[i][1] for curve in row["curves"]) for i in range(len(steps))]
+        size = row["parameters_without_embeddings"] / 1e6
+        axes.plot(
+            [step * tokens_per_step / 1e6 for step in steps],
+            losses,
+            linewidth=1.3,
+            label=f"{names[method]}, {size:.2f}M: {row['loss_mean']:.3f}",
+        )
+    axes.set_xlabel("tokens seen (millions)")
+    axes.set_ylabel("training loss (nats per token)")
+    axes.set_ylim(top=7.0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, title="parameters without embeddings, final validation loss")
+    figure.savefig(path)
 
 
 def sha256(path: Path) -> str:

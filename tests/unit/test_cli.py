@@ -89,7 +89,7 @@ def test_pretrain_shows_plan_table_sample_and_paths(run, root):
     assert result.code == 0, result.err
     for part in ("device", "parameters", "dense model", "validation perplexity", "bits per byte", "tokens/s", "peak"):
         assert part in result.out
-    assert "Sample, after" in result.out
+    assert "Sample:" in result.out
     assert str(folder / "model") in result.out
     assert str(folder / "loss.png") in result.out
 

@@ -15,7 +15,10 @@ def pretrain(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Show what would run, then stop.")] = False,
-    prompt: Annotated[str, typer.Option(help="Start of the sample at the end.")] = "def ",
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Start of the sample at the end [default: 'def ' for python-library, none for the rest]."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON.")] = False,
 ) -> None:
     """Pre-train a language model as RECIPE says.
@@ -50,6 +53,8 @@ def pretrain(
         print_json(report.to_dict())
         return
     show_report(report)
+    if prompt is None:
+        prompt = "def " if parsed.data.data == "python-library" else ""
     show_sample(report, prompt)
     show_paths(folder)
 
@@ -95,7 +100,7 @@ def show_sample(report, prompt: str) -> None:
     from ..evaluate.sample import sample
 
     text = sample(report.model, report.tokenizer, prompt, max_new_tokens=80, seed=0)
-    print(f"\nSample, after {prompt!r}:\n{text}\n")
+    print(f"\nSample, after {prompt!r}:\n{text}\n" if prompt else f"\nSample:\n{text}\n")
 
 
 def show_paths(folder: str) -> None:
