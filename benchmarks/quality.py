@@ -116,8 +116,6 @@ def train(method: str, rates: dict[str, float], seed: int, steps: int, options) 
     validation, utf8_bytes = prepared.validation, prepared.statistics.validation.bytes
     if steps == TUNING_STEPS:
         validation, utf8_bytes = validation.select(range(min(len(validation), TUNING_VALIDATION_BLOCKS))), None
-    from transformers.trainer_callback import PrinterCallback
-
     trainer = PretrainTrainer(
         model=build_model(config, seed),
         args=arguments,
@@ -129,7 +127,6 @@ def train(method: str, rates: dict[str, float], seed: int, steps: int, options) 
         block_size=BLOCK_SIZE,
         validation_bytes=utf8_bytes,
     )
-    trainer.remove_callback(PrinterCallback)
     started = time.process_time()
     try:
         trainer.train()

@@ -103,6 +103,15 @@ def test_progress_bar_shows_loss_and_speed(run, root):
     assert "6/6" in result.err
 
 
+def test_json_is_all_of_standard_output(run, root, caplog):
+    folder = root / "as-json"
+    result = run("pretrain", "--recipe", write_recipe(root), "--output_dir", folder, "--max_steps", "4", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["steps"] == 4
+    assert "step 4/4: loss" in caplog.text  # the log goes to standard error
+    assert "validation loss" in caplog.text
+
+
 def test_dry_run_as_json(run, root):
     result = run(
         "pretrain", "--recipe", write_recipe(root), "--output_dir", root / "dry", "--dry-run", "--json", "--rank=4"

@@ -43,6 +43,7 @@ def quiet_libraries() -> None:
     datasets.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("crosslayer").setLevel(logging.INFO)
     logging.basicConfig(level=logging.WARNING, format="crosslayer: %(message)s", stream=sys.stderr)
 
 

@@ -1,6 +1,7 @@
 """transformers' Trainer, told about parameter groups, whole-split perplexity and broken runs."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -10,13 +11,15 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..accounting import peak_flops, training_flops_per_token
 from ..crnet import CRNetConfig, CrossLayerLinear
 from ..errors import TrainingError
 from ..evaluate import measure_perplexity
 from .parameter_groups import ParameterGroups, optimizer_groups
+
+_log = logging.getLogger(__name__)
 
 
 class PretrainTrainer(Trainer):
@@ -50,8 +53,11 @@ class PretrainTrainer(Trainer):
         self.throughput = _Throughput(block_size)
         self.add_callback(self.throughput)
         self.add_callback(StopWhenNotFinite(self))
+        # The Trainer has one of the two; its own print dictionaries, one of them to standard output.
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(Progress())
+        elif self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(LogLines())
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -240,7 +246,22 @@ class Progress(ProgressCallback):
                 shown["tokens/s"] = f"{logs['tokens_per_s']:,.0f}"
             self.training_bar.set_postfix(shown)
         elif "eval_loss" in logs:
-            self.training_bar.write(
-                f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, "
-                f"perplexity {logs['eval_perplexity']:.2f}"
-            )
+            self.training_bar.write(_in_words(state, logs))
+
+
+class LogLines(TrainerCallback):
+    """One log line for each loss, for runs without a bar (`disable_tqdm`)."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
+            _log.info(_in_words(state, logs))
+
+
+def _in_words(state, logs: dict[str, float]) -> str:
+    if "eval_loss" in logs:
+        return (
+            f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, "
+            f"perplexity {logs['eval_perplexity']:.2f}"
+        )
+    speed = f", {logs['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in logs else ""
+    return f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}{speed}"
