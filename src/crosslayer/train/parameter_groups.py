@@ -18,8 +18,8 @@ class ParameterGroups:
     """
 
     embedding_lr_factor: float = 8.0
-    """Embeddings and head. Our choice, from the quality study in docs/crnet.md: every method wanted 16 times the rate of
-    its matrices or more there, and one rate for all cost up to 0.7 nats."""
+    """Embeddings and head. Our choice, from the quality study in docs/crnet.md: every method wanted at least 16 times
+    the rate of its matrices there, and one rate for all cost up to 0.7 nats."""
 
     full_rank_lr_factor: float = 0.2
     """Dense matrices of the layers: all of them in a dense model, the first layer's in CR-Net. Our choice,
