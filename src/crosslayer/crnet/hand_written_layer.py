@@ -18,6 +18,8 @@ batch, tokens, hidden size; F the output width of a position, r the rank; h hidd
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,27 +123,27 @@ class Product:
         """Y_l = b Y_{l-1} + T B, written over Y_{l-1} if asked to."""
         if previous is None:
             return self._increment(T).to(dtype)
+        b = self.b
+        assert b is not None
         if T.dtype != previous.dtype:
-            return torch.add(self._increment(T), previous, alpha=self.b, out=previous if in_place else None)
+            return torch.add(self._increment(T), previous, alpha=b, out=previous if in_place else None)
         rows, weight = previous.view(-1, previous.shape[-1]), self.weight.to(self.dtype)
         T = T.reshape(-1, T.shape[-1])
-        if in_place:
-            rows = rows.addmm_(T, weight.t(), beta=self.b)
-        else:
-            rows = torch.addmm(rows, T, weight.t(), beta=self.b)
+        rows = rows.addmm_(T, weight.t(), beta=b) if in_place else torch.addmm(rows, T, weight.t(), beta=b)
         if self.bias is not None:
             rows.add_(self.bias)
         return rows.view(previous.shape)
 
     def retreat(self, Y: torch.Tensor, T: torch.Tensor) -> torch.Tensor:
         """Y_{l-1} = (Y_l - T B) / b, written over Y_l."""
-        assert self.b is not None
+        b = self.b
+        assert b is not None
         if T.dtype != Y.dtype:
-            return Y.sub_(self._increment(T)).div_(self.b)
+            return Y.sub_(self._increment(T)).div_(b)
         if self.bias is not None:
             Y.sub_(self.bias)
         weight = self.weight.to(self.dtype)
-        Y.view(-1, Y.shape[-1]).addmm_(T.reshape(-1, T.shape[-1]), weight.t(), beta=1 / self.b, alpha=-1 / self.b)
+        Y.view(-1, Y.shape[-1]).addmm_(T.reshape(-1, T.shape[-1]), weight.t(), beta=1 / b, alpha=-1 / b)
         return Y
 
     def _increment(self, T: torch.Tensor) -> torch.Tensor:
@@ -193,7 +195,7 @@ class AttentionRun(LocalGraph):
     the rest is held (its output and its sums over the keys, 1h per token, where the implementation is a fused one).
     """
 
-    def __init__(self, attention: nn.Module, Y: Outputs, call: Call, dtype: torch.dtype) -> None:
+    def __init__(self, attention: Any, Y: Outputs, call: Call, dtype: torch.dtype) -> None:
         # The hooks below live in the graph, so they must not know the run, which holds it.
         self.held: list[torch.Tensor] = []
         self.rebuilt: list[torch.Tensor] = []
@@ -248,7 +250,7 @@ class HandWrittenLayer:
         b: b of each position, None in the first layer.
     """
 
-    def __init__(self, layer: nn.Module, call: Call, b: dict[str, float] | None) -> None:
+    def __init__(self, layer: Any, call: Call, b: dict[str, float] | None) -> None:
         self.layer = layer
         self.call = call
         self.products = {p: Product(p, layer.get_submodule(NAME_OF[p]), call.autocast_dtype) for p in POSITIONS}
@@ -369,7 +371,7 @@ class HandWrittenLayer:
             inputs["down"] = self.gate(step.Y, x_mlp.dtype).output
         for position, product in self.products.items():
             U = self.U[position] if self.U else product.low_rank(inputs[position])
-            step.output_below(position, product, lambda p=product, U=U: p.inner(None, U))
+            step.output_below(position, product, partial(product.inner, None, U))
 
 
 @dataclass
@@ -385,7 +387,7 @@ class BackwardStep:
     d_h: torch.Tensor
     low_rank: Outputs = field(default_factory=dict)
     attention: AttentionRun | None = None
-    attend_again: Callable = lambda layer, dtype: None  # noqa: E731
+    attend_again: Callable = lambda layer, dtype: None
     G_above: Outputs = field(default_factory=dict)
     b_above: dict[str, float] = field(default_factory=dict)
     kept_below: State | None = None

@@ -17,16 +17,17 @@ Rounding errors grow by 1/|b| with each inversion (arXiv 2509.18993, section on 
 `reversible` keep a state before the estimate passes `recompute_error_bound`, and measure the drift wherever they come
 down upon a kept one. Training only: evaluation and generation never pass here.
 
-A flat file that imports only torch and its neighbours, so that a saved checkpoint can carry it.
+A flat file that imports only torch, transformers and its neighbours, so that a saved checkpoint can carry it.
 """
 
 import math
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .configuration_crnet import POSITIONS
 from .cross_layer_linear import CrossLayerLinear
@@ -40,6 +41,8 @@ from .hand_written_layer import (
     can_be_hand_written,
     relative_difference,
 )
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_REVERSIBLE_INTERVAL = 8
 
@@ -105,10 +108,11 @@ class ErrorEstimate:
 
 
 class DriftMeter:
-    """The largest drift seen in the latest backward; outlives the tapes that write to it."""
+    """The largest drift seen in the latest backward, and what was said about b; outlives the tapes that write to it."""
 
     def __init__(self) -> None:
         self.latest: torch.Tensor | None = None
+        self.small_b: set[tuple[int, str]] = set()
 
     def restart(self) -> None:
         self.latest = None
@@ -137,7 +141,7 @@ class Tape:
         policy: str,
         interval: int | None,
         error_bound: float,
-        layers: list[nn.Module],
+        layers: list[Any],
         call: Call,
         meter: DriftMeter | None = None,
     ) -> None:
@@ -169,10 +173,8 @@ class Tape:
         self.hand_written.append(can_be_hand_written(layer))
         self.b.append(read_b(layer) if index > 0 else None)
         h = self._enter(index, h.detach())
-        if self.hand_written[index]:
-            state = self._forward_by_hand(index, h)
-        else:
-            state = self._forward_by_autograd(index, h)
+        forward = self._forward_by_hand if self.hand_written[index] else self._forward_by_autograd
+        state = forward(index, h)
         # Autograd's output and ours are two tensors over one storage: one that knew its own graph would keep it alive.
         h, state = state.h, State(state.h.detach(), state.Y)
         if self.policy.name == "none":
@@ -225,13 +227,15 @@ class Tape:
     def _tell_about_small_b(self, index: int, b: dict[str, float]) -> None:
         assert self.estimate is not None
         position = min(b, key=lambda name: abs(b[name]))
-        if 1 / abs(b[position]) > self.estimate.allowed:
-            warnings.warn(
-                f"b={b[position]:.3g} of layers.{index}.{position} is too small to divide by: recompute="
-                f"{self.policy.name!r} keeps the state below this layer instead of rebuilding it. Nothing to do unless "
-                "memory is short; a larger recompute_error_bound divides all the same.",
-                stacklevel=2,
-            )
+        known = (index, position) in self.meter.small_b
+        if known or 1 / abs(b[position]) <= self.estimate.allowed:
+            return
+        self.meter.small_b.add((index, position))
+        logger.warning(
+            f"b={b[position]:.3g} of layers.{index}.{position} is too small to divide by: recompute="
+            f"{self.policy.name!r} keeps the state below this layer instead of rebuilding it (recompute_error_bound="
+            f"{self.error_bound}). Gradients stay right; memory grows by that state."
+        )
 
     def _forward_by_hand(self, index: int, h: torch.Tensor) -> State:
         layer = HandWrittenLayer(self.layers[index], self.call, self.b[index])

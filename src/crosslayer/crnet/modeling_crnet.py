@@ -326,10 +326,9 @@ class CRNetPreTrainedModel(PreTrainedModel):
         before = config.recompute, config.recompute_interval
         try:
             config.recompute, config.recompute_interval = recompute, interval  # type: ignore[assignment]
-            config.validate()
+            config.validate_architecture()
         except Exception:
-            object.__setattr__(config, "recompute", before[0])
-            object.__setattr__(config, "recompute_interval", before[1])
+            config.recompute, config.recompute_interval = before
             raise
         model._drifted = False
         model._drift = DriftMeter()
@@ -496,7 +495,7 @@ class CRNetModel(CRNetPreTrainedModel):
         drift, bound = self._drift.value(), self._drift_bound()
         if dist.is_available() and dist.is_initialized() and hasattr(self.layers[0], "unshard"):
             drift = _largest_of_all_processes(drift, self.device)  # all of them gather the same layers
-        self._drift = DriftMeter()
+        self._drift.restart()
         if drift is not None and drift > bound and not self._drifted:
             self._drifted = True
             logger.warning(
@@ -508,7 +507,7 @@ class CRNetModel(CRNetPreTrainedModel):
     def _drift_bound(self) -> float:
         if self.config.recompute_drift_bound is not None:
             return self.config.recompute_drift_bound
-        device, dtype = self.device.type, self.layers[0].input_layernorm.weight.dtype
+        device, dtype = self.device.type, self.norm.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         return max(1e-4, torch.finfo(dtype).eps)
