@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_crnet import POSITIONS, CRNetConfig
 from .cross_layer_linear import CrossLayerLinear, LowRankLinear
 from .hand_written_layer import Call
-from .memory_policies import DriftMeter, Tape
+from .memory_policies import POLICIES, DriftMeter, Tape
 
 logger = logging.get_logger(__name__)
 
@@ -322,12 +322,14 @@ class CRNetPreTrainedModel(PreTrainedModel):
 
         Raises ValueError, and changes nothing, where the config would refuse them.
         """
+        if recompute not in POLICIES:
+            raise ValueError(f"recompute={recompute!r} does not exist; allowed: {', '.join(POLICIES)}.")
         config, model = self.config, self.base_model
         before = config.recompute, config.recompute_interval
+        config.recompute, config.recompute_interval = recompute, interval  # type: ignore[assignment]
         try:
-            config.recompute, config.recompute_interval = recompute, interval  # type: ignore[assignment]
             config.validate_architecture()
-        except Exception:
+        except ValueError:
             config.recompute, config.recompute_interval = before
             raise
         model._drifted = False
@@ -510,7 +512,7 @@ class CRNetModel(CRNetPreTrainedModel):
         device, dtype = self.device.type, self.norm.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        return max(1e-4, torch.finfo(dtype).eps)
+        return max(1e-4, 4 * torch.finfo(dtype).eps)
 
 
 def _largest_of_all_processes(value: float | None, device: torch.device) -> float | None:
