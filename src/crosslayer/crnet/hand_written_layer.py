@@ -414,8 +414,9 @@ class BackwardStep:
         kept = self.kept_below.Y[position] if self.kept_below is not None else None
         if self.inverts:
             rebuilt = product.retreat(self.Y[position], T())
-            if kept is not None:
-                self.drifts.append(relative_difference(rebuilt, kept))
+            if kept is not None:  # in units of the lowest state that is used, Y_l: before this division by b
+                assert product.b is not None
+                self.drifts.append(relative_difference(rebuilt, kept) * min(1.0, abs(product.b)))
         self.Y_below[position] = kept if kept is not None else rebuilt
         return self.Y_below[position]
 
