@@ -54,7 +54,7 @@ class CRNetConfig(LlamaConfig):
             this bound: the rounding error of the carried dtype times the sum of the products of 1 / abs(b).
         recompute_drift_bound (`float`, *optional*):
             Where a kept state is met on the way down, a rebuilt one may differ from it by this much (relative norm);
-            past it the run goes on with `replay`. None: 1e-4, or 4 times the machine epsilon of the products' dtype if larger.
+            past it the run goes on with `replay`. None: 1e-4, or 4 times the products' machine epsilon if larger.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field of the wrong type or outside its closed set; a rank below
