@@ -185,8 +185,8 @@ class Tape:
     def _enter(self, index: int, h: torch.Tensor) -> torch.Tensor:
         """Decides about the state before the layer, S_{index - 1}; returns the h that the layer reads."""
         if index == 0:
+            self.inputs[0] = h = h.to(torch.promote_types(h.dtype, torch.float32))
             self.estimate = ErrorEstimate(self.error_bound, h.dtype)
-            self.inputs[0] = h
             return h
         assert self.live is not None
         if not self.live.is_intact() and self.policy.name != "none":
