@@ -212,8 +212,8 @@ class AttentionRun(LocalGraph):
         def pack(tensor):
             if identity(tensor) in known:
                 return known.index(identity(tensor))
-            held.append(tensor.detach())
-            return tensor
+            held.append(tensor.detach())  # the graph must not hold a tensor that holds the graph
+            return held[-1]
 
         def unpack(packed):
             if not isinstance(packed, int):
