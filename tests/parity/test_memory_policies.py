@@ -92,7 +92,7 @@ def test_float64_worst_tensor(b):
     expected = gradients_of(model)
     for policy, interval in POLICIES:
         assert worst_error(gradients_of(model, policy, interval), expected) <= 1e-12, (policy, interval)
-        assert model.model.recompute_drift is None or model.model.recompute_drift < 1e-12
+        assert model.recompute_drift is None or model.model.recompute_drift < 1e-12
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -12,7 +12,7 @@ import weakref
 import peft
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetModel, memory_policies, modeling_crnet
 from model_cases import PAD, gradients, model_of, tokens
@@ -310,7 +310,7 @@ def test_inputs_cast_on_the_way(policy, tapes):
     assert {tensor.dtype for tensor in tapes[0].live.tensors()} == {torch.float32}
     assert list(tapes[0].inputs) == [0]
     loss.backward()
-    drift = model.model.recompute_drift
+    drift = model.recompute_drift
     assert drift is None or drift < 1e-2
 
 
@@ -419,6 +419,49 @@ def test_the_policy_is_saved_and_loaded(tmp_path, tapes):
     assert (tapes[-1].policy.name, tapes[-1].interval) == ("reversible", 3)
 
 
+def test_training_arguments_select_low_rank(tmp_path, tapes):
+    """The plain Trainer, with the cache left as the config has it."""
+    model = training_model()
+    arguments = TrainingArguments(
+        tmp_path, activation_checkpointing=True, max_steps=1, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    data = [{"input_ids": ids, "labels": ids} for ids in tokens(rows=8)]
+    Trainer(model=model, args=arguments, train_dataset=data).train()
+    assert {tape.policy.name for tape in tapes} == {"low_rank"}
+    assert model.recompute_drift is not None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_forty_steps_end_where_plain_autograd_ends(autocast):
+    """One seed, one batch after the other; loss on rows that were not trained on."""
+
+    def final_loss(policy):
+        model = model_of("cross_layer", num_hidden_layers=6)
+        for name, parameter in model.named_parameters():
+            if name.endswith("beta"):
+                parameter.data.fill_(1.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if policy is not None:
+            model.set_recompute(policy)
+        with plain_autograd() if policy is None else contextlib.nullcontext():
+            for seed in range(40):
+                model.train()
+                ids = tokens(rows=4, seed=seed) % 17 + 3
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = model(ids, labels=ids, use_cache=False).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        validation = tokens(rows=16, seed=99) % 17 + 3
+        with torch.no_grad():
+            return model.eval()(validation, labels=validation).loss.item()
+
+    expected = final_loss(None)
+    assert expected < 4
+    for policy in POLICIES:
+        assert final_loss(policy) == pytest.approx(expected, abs=0.002), policy
+
+
 # What is refused
 
 
@@ -521,7 +564,7 @@ def test_states_are_kept_by_the_product_of_b(tapes):
 def test_drift_is_measured_and_bounded(logged, tapes):
     model = training_model(layers=8)
     step(model, "low_rank")
-    assert 0 < model.model.recompute_drift < 1e-4
+    assert 0 < model.recompute_drift < 1e-4
     assert not logged
     model.config.recompute_drift_bound = 1e-9
     step(model, "low_rank")
@@ -531,7 +574,7 @@ def test_drift_is_measured_and_bounded(logged, tapes):
     assert len(logged) == 1
     assert "away from the kept ones, more than 1e-09" in logged[0]
     model(tokens(), labels=tokens(), use_cache=False).loss.backward()
-    assert model.model.recompute_drift is None
+    assert model.recompute_drift is None
     assert len(logged) == 1
     model.set_recompute("low_rank")
     model(tokens(), use_cache=False)
@@ -551,7 +594,7 @@ def test_wrong_states_are_noticed(monkeypatch, logged):
 
     monkeypatch.setattr(memory_policies.HandWrittenLayer, "backward", spoiled)
     step(model, "reversible")
-    assert model.model.recompute_drift > 1e-3
+    assert model.recompute_drift > 1e-3
     model(tokens(), use_cache=False)
     assert any("Going on with recompute='replay'" in message for message in logged)
 

@@ -175,6 +175,7 @@ class LocalGraph:
     """outputs = function(*inputs) with an autograd graph of its own, cut off from the one outside."""
 
     def __init__(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
+        # With gradients on in the forward too, which needs none of them: kernels may be chosen by it.
         with torch.enable_grad():
             self.leaves = [tensor.detach().requires_grad_() for tensor in inputs]
             self.graphed = function(*self.leaves)

@@ -337,6 +337,14 @@ class CRNetPreTrainedModel(PreTrainedModel):
         if config.factorization == "cross_layer":
             model.gradient_checkpointing = False
 
+    @property
+    def recompute_drift(self) -> float | None:
+        """Largest relative difference between a kept state and the one rebuilt in its place, in the latest backward.
+
+        None where nothing was compared: no backward yet, or a policy that does not invert.
+        """
+        return self.base_model._drift.value()
+
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
         """Activation checkpointing means whole layers, except in CR-Net: there a layer boundary is as wide as eight
         tensors, and the policy `low_rank` takes its place unless the config names another."""
@@ -483,14 +491,6 @@ class CRNetModel(CRNetPreTrainedModel):
         for layer in layers:
             (hidden_states,) = layer(hidden_states, tape=tape)
         return hidden_states
-
-    @property
-    def recompute_drift(self) -> float | None:
-        """Largest relative difference between a kept state and the one rebuilt in its place, in the latest backward.
-
-        None where nothing was compared: no backward yet, or a policy that does not invert.
-        """
-        return self._drift.value()
 
     def _look_at_drift(self) -> None:
         """Past the bound, gradients are no longer to be trusted: from here on states are replayed, not inverted."""
