@@ -467,7 +467,7 @@ def test_packed_documents_in_training():
 # Activation checkpointing
 
 
-WHOLE_LAYERS = [name for name in FACTORIZATIONS if name != "cross_layer"]  # for that one: test_memory_policies.py
+WHOLE_LAYERS = [name for name in FACTORIZATIONS if name != "cross_layer"]  # cross_layer: test_recompute.py
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
