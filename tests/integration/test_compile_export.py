@@ -34,6 +34,21 @@ def test_compile_without_graph_breaks(case, backend):
     assert_all_close(gradients(model), expected)
 
 
+@pytest.mark.parametrize("policy", ["low_rank", "replay", "reversible"])
+def test_compile_with_a_memory_policy(policy):
+    """The graph breaks around the layers; the numbers are the same."""
+    model = model_of("cross_layer", num_hidden_layers=3).train()
+    model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.set_recompute(policy)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        model.zero_grad()
+        compiled(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        assert_all_close(gradients(model), expected)
+
+
 def test_compile_with_fused_loss():
     model = model_of("cross_layer", num_hidden_layers=2).train()
     model.fused_loss = True

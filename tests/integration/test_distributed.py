@@ -49,6 +49,14 @@ def in_bf16_all_sharded(model):
     return shard(model)
 
 
+def with_policy(wrap, policy, interval=None):
+    def wrapped(model):
+        model.set_recompute(policy, interval)
+        return wrap(model)
+
+    return wrapped
+
+
 WRAPPERS = {
     "fsdp": shard,
     "fsdp_checkpointing": with_checkpointing,
@@ -57,6 +65,17 @@ WRAPPERS = {
     "fsdp_bf16_all": in_bf16_all_sharded,
     "ddp": DistributedDataParallel,
     "ddp_cola": DistributedDataParallel,
+    "fsdp_low_rank": with_policy(shard, "low_rank"),
+    "fsdp_replay": with_policy(shard, "replay", 3),
+    "fsdp_reversible": with_policy(shard, "reversible"),
+    "fsdp_mixed_replay": with_policy(
+        lambda model: shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), "replay", 3
+    ),
+    "fsdp_mixed_reversible": with_policy(
+        lambda model: shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), "reversible"
+    ),
+    "ddp_low_rank": with_policy(DistributedDataParallel, "low_rank"),
+    "ddp_reversible": with_policy(DistributedDataParallel, "reversible"),
 }
 
 # name -> (how transformers distributes the model while loading it, whether each process has rows of its own)

@@ -29,6 +29,8 @@ def test_defaults():
         "beta_trainable": True,
         "recompute": "none",
         "recompute_interval": None,
+        "recompute_error_bound": 1e-5,
+        "recompute_drift_bound": None,
     }
     fields = config.to_dict()
     assert {name: fields[name] for name in ours} == ours
@@ -163,17 +165,27 @@ def test_first_layer_rank():
             {"recompute": "sometimes"},
             "Field 'recompute' expected one of ('none', 'low_rank', 'replay', 'reversible')",
         ),
+        (
+            {"recompute": "replay", "factorization": "cola"},
+            "recompute='replay' belongs to factorization='cross_layer'; 'cola' carries nothing to rebuild. Remove it; "
+            "activation_checkpointing=True checkpoints whole layers there.",
+        ),
+        ({"recompute_interval": 4}, "recompute_interval=4 needs a policy that rebuilds states: choose recompute="),
+        ({"recompute": "replay", "recompute_interval": 0}, "recompute_interval=0 is outside 1..3, the number of"),
+        ({"recompute": "low_rank", "recompute_interval": 4}, "recompute_interval=4 is outside 1..3, the number of"),
+        ({"recompute_error_bound": 0.0}, "recompute_error_bound=0.0 must be above 0."),
+        ({"recompute_drift_bound": -1.0}, "recompute_drift_bound=-1.0 must be above 0."),
     ],
 )
 def test_refusals(fields, message):
     assert message in refusal(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"recompute": "replay"}, {"recompute_interval": 4}])
-def test_memory_policies_are_not_available_yet(fields):
-    message = refusal(**fields)
-    assert "is not available in this version; allowed: recompute='none' and no interval." in message
-    assert all(repr(value) in message for value in fields.values())
+def test_memory_policies():
+    for policy in ("none", "low_rank", "replay", "reversible"):
+        assert config_of("cross_layer", recompute=policy).recompute == policy
+    config = config_of("cross_layer", recompute="reversible", recompute_interval=3, recompute_error_bound=1e-4)
+    assert (config.recompute_interval, config.recompute_error_bound) == (3, 1e-4)
 
 
 def test_dense_ignores_ranks():

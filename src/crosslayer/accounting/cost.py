@@ -6,6 +6,7 @@ Letters: D hidden size, L layers, T tokens in a sequence, V vocabulary, r rank.
 from copy import deepcopy
 
 from ..crnet.configuration_crnet import POSITIONS, CRNetConfig
+from ..crnet.memory_policies import POLICIES
 
 ATTENTION_POSITIONS = ("q", "k", "v", "o")
 
@@ -60,12 +61,14 @@ def training_flops_per_token(config: CRNetConfig, sequence_length: int) -> int:
 
 
 def activation_elements_per_token(config: CRNetConfig, layer_idx: int) -> int:
-    """Elements that plain autograd keeps for the backward pass of one layer, per token.
+    """Elements kept for the backward pass of one layer, per token: by plain autograd, in CR-Net by its memory policy.
 
+    Plain autograd, without a policy of ours:
     Two norm inputs and two norm outputs (4 D), query, key, value, output and contiguous output of fused attention,
-    gate, up, activation and product of the MLP (4 F), A x of every low-rank position (and silu of it), and in CR-Net
-    the carried outputs of the layer below (gate and up are kept already).
+    gate, up, activation and product of the MLP (4 F), A x of every low-rank position (and silu of it).
     """
+    if config.factorization == "cross_layer":
+        return _elements_kept_by_policy(config, layer_idx)
     _, query_width = config.linear_shape("q")
     _, key_value_width = config.linear_shape("k")
     elements = 4 * config.hidden_size
@@ -73,17 +76,34 @@ def activation_elements_per_token(config: CRNetConfig, layer_idx: int) -> int:
     elements += 4 * config.intermediate_size
     for position in POSITIONS:
         rank = config.linear_rank(layer_idx, position)
-        has_activation = config.factorization == "cola" or config.increment_activation is not None
-        elements += (rank or 0) * (2 if has_activation else 1)
-    if config.factorization == "cross_layer" and layer_idx < config.num_hidden_layers - 1:
-        elements += _carried_width(config) - 2 * config.intermediate_size
+        elements += (rank or 0) * (2 if config.factorization == "cola" else 1)
+    return elements
+
+
+def _elements_kept_by_policy(config: CRNetConfig, layer_idx: int) -> int:
+    """The table of crnet/memory_policies.py in numbers, for b near 1, where no state is kept for its error bound.
+
+    A state, where it is kept or the live one of the last layer, is D + the carried widths; X A is r per position; what
+    attention leaves is its output and one sum per head. The model's input, D, counts for the first layer.
+    """
+    policy = POLICIES[config.recompute]
+    interval = policy.interval(config.recompute_interval, config.num_hidden_layers)
+    last = layer_idx == config.num_hidden_layers - 1
+    on_interval = interval is not None and layer_idx % interval == 0 and (layer_idx > 0 or not policy.inverts)
+    elements = config.hidden_size if layer_idx == 0 else 0
+    if last or on_interval:
+        elements += config.hidden_size + _carried_width(config)
+    if policy.keeps_low_rank:
+        elements += sum(config.linear_rank(layer_idx, position) or 0 for position in POSITIONS)
+    if policy.keeps_attention:
+        elements += config.linear_shape("q")[1] + config.num_attention_heads
     return elements
 
 
 def estimate_training_memory(
     config: CRNetConfig, tokens_per_micro_batch: int, *, parameter_bytes: int = 4, activation_bytes: int = 4
 ) -> dict[str, int]:
-    """Bytes of a training step with AdamW and `recompute="none"`: weights, gradients, optimizer, activations, logits.
+    """Bytes of a training step with AdamW: weights, gradients, optimizer, activations, logits.
 
     Weights, gradients and the two moments are exact (`parameter_bytes` each); activations are
     `activation_elements_per_token`; logits count V elements per token and their gradient in float32, the most that the

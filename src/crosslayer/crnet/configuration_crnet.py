@@ -44,15 +44,23 @@ class CRNetConfig(LlamaConfig):
         beta_trainable (`bool`, defaults to True):
             Whether beta is learned.
         recompute (`str`, defaults to `"none"`):
-            Memory policy while training. This version offers `"none"`, plain autograd.
+            Memory policy while training, of `factorization="cross_layer"`: `"none"`, `"low_rank"`, `"replay"` or
+            `"reversible"` (docs/memory.md). Evaluation and generation never use it.
         recompute_interval (`int`, *optional*):
-            Belongs to the other memory policies; None here.
+            The full state is kept every so many layers. None, the policy's own rule: `replay` about the root of the
+            number of layers, `reversible` 8, `low_rank` where `recompute_error_bound` asks for it.
+        recompute_error_bound (`float`, defaults to 1e-5):
+            `low_rank` and `reversible` keep a full state before the estimated relative error of a rebuilt one passes
+            this bound: the rounding error of the carried dtype times the sum of the products of 1 / abs(b).
+        recompute_drift_bound (`float`, *optional*):
+            Where a kept state is met on the way down, a rebuilt one may differ from it by this much (relative norm);
+            past it the run goes on with `replay`. None: 1e-4, or 4 times the products' machine epsilon if larger.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field of the wrong type or outside its closed set; a rank below
             1 or above min(in, out) of a position (the layer is named); heads that do not divide the width, key-value
-            heads that do not divide the heads; a `rank_pattern` key that matches nothing; a memory policy that this
-            version lacks.
+            heads that do not divide the heads; a `rank_pattern` key that matches nothing; a memory policy or an
+            interval that does not exist for the model.
     """
 
     model_type = "crnet"
@@ -72,6 +80,8 @@ class CRNetConfig(LlamaConfig):
     beta_trainable: bool = True
     recompute: Literal["none", "low_rank", "replay", "reversible"] = "none"
     recompute_interval: int | None = None
+    recompute_error_bound: int | float = 1e-5
+    recompute_drift_bound: int | float | None = None
 
     def linear_shape(self, position: str) -> tuple[int, int]:
         """(in, out) features of a linear position: one of `POSITIONS`."""
@@ -110,12 +120,7 @@ class CRNetConfig(LlamaConfig):
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; choose key-value heads that divide the heads."
             )
-        if self.recompute != "none" or self.recompute_interval is not None:
-            raise ValueError(
-                f"recompute={self.recompute!r} with recompute_interval={self.recompute_interval} is not available in "
-                "this version; allowed: recompute='none' and no interval. TrainingArguments("
-                "activation_checkpointing=True) checkpoints whole layers."
-            )
+        self._validate_recompute()
         if self.increment_activation is not None and self.factorization != "cross_layer":
             raise ValueError(
                 f"increment_activation={self.increment_activation!r} belongs to factorization='cross_layer', not "
@@ -124,6 +129,28 @@ class CRNetConfig(LlamaConfig):
         if not self.beta_epsilon > 0:
             raise ValueError(f"beta_epsilon={self.beta_epsilon} must be above 0: it keeps b away from zero.")
         self._validate_ranks()
+
+    def _validate_recompute(self):
+        if self.recompute != "none" and self.factorization != "cross_layer":
+            raise ValueError(
+                f"recompute={self.recompute!r} belongs to factorization='cross_layer'; {self.factorization!r} carries "
+                "nothing to rebuild. Remove it; activation_checkpointing=True checkpoints whole layers there."
+            )
+        if self.recompute_interval is not None:
+            if self.recompute == "none":
+                raise ValueError(
+                    f"recompute_interval={self.recompute_interval} needs a policy that rebuilds states: choose "
+                    "recompute='low_rank', 'replay' or 'reversible', or remove the interval."
+                )
+            if not 1 <= self.recompute_interval <= self.num_hidden_layers:
+                raise ValueError(
+                    f"recompute_interval={self.recompute_interval} is outside 1..{self.num_hidden_layers}, the number "
+                    "of layers; with the number of layers itself no state is kept in between."
+                )
+        for name in ("recompute_error_bound", "recompute_drift_bound"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0.")
 
     def _validate_ranks(self):
         for pattern in self.rank_pattern:

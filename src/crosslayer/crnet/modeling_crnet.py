@@ -13,7 +13,9 @@ Letters: [B, T, D] batch, tokens, hidden size; F the output width of a position;
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -27,12 +29,16 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_crnet import POSITIONS, CRNetConfig
 from .cross_layer_linear import CrossLayerLinear, LowRankLinear
+from .hand_written_layer import Call
+from .memory_policies import POLICIES, DriftMeter, Tape
+
+logger = logging.get_logger(__name__)
 
 NOTHING_CARRIED = (None,) * len(POSITIONS)
 
@@ -123,23 +129,42 @@ class CRNetAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns (Y_o [B, T, D], attention weights or None, Y_q, Y_k, Y_v [B, T, F]), the Y before RoPE."""
-        dtype = hidden_states.dtype
-        input_shape = hidden_states.shape[:-1]
-        head_shape = (*input_shape, -1, self.head_dim)
-
         y_q = carry(project(self.q_proj, hidden_states, previous_q), self.config)
         y_k = carry(project(self.k_proj, hidden_states, previous_k), self.config)
         y_v = carry(project(self.v_proj, hidden_states, previous_v), self.config)
 
-        query = y_q.to(dtype).view(head_shape).transpose(1, 2)  # [B, heads, T, head_dim]
-        key = y_k.to(dtype).view(head_shape).transpose(1, 2)  # [B, key-value heads, T, head_dim]
-        value = y_v.to(dtype).view(head_shape).transpose(1, 2)
         assert position_embeddings is not None
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-
+        query, key, value = self.heads(y_q, y_k, y_v, hidden_states.dtype, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        attended, attention_weights = self.attend(query, key, value, attention_mask, **kwargs)
 
+        y_o = carry(project(self.o_proj, attended, previous_o), self.config)
+        return y_o, attention_weights, y_q, y_k, y_v
+
+    def heads(
+        self,
+        y_q: torch.Tensor,
+        y_k: torch.Tensor,
+        y_v: torch.Tensor,
+        dtype: torch.dtype,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Y_q, Y_k, Y_v -> queries [B, heads, T, head_dim], keys and values [B, key-value heads, T, head_dim]."""
+        head_shape = (*y_q.shape[:-1], -1, self.head_dim)
+        query, key, value = (y.to(dtype).view(head_shape).transpose(1, 2) for y in (y_q, y_k, y_v))
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return query, key, value
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns (attended values [B, T, heads * head_dim], attention weights or None)."""
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -153,9 +178,7 @@ class CRNetAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        attended = attended.reshape(*input_shape, -1).contiguous()
-        y_o = carry(project(self.o_proj, attended, previous_o), self.config)
-        return y_o, attention_weights, y_q, y_k, y_v
+        return attended.reshape(*attended.shape[:2], -1).contiguous(), attention_weights
 
 
 class CRNetMLP(nn.Module):
@@ -179,9 +202,12 @@ class CRNetMLP(nn.Module):
         """Returns (Y_down [B, T, D], Y_gate, Y_up [B, T, F]), Y_gate before the activation."""
         y_gate = carry(project(self.gate_proj, x, previous_gate), self.config)
         y_up = carry(project(self.up_proj, x, previous_up), self.config)
-        gated = self.act_fn(y_gate.to(x.dtype)) * y_up.to(x.dtype)
-        y_down = carry(project(self.down_proj, gated, previous_down), self.config)
+        y_down = carry(project(self.down_proj, self.gated(y_gate, y_up, x.dtype), previous_down), self.config)
         return y_down, y_gate, y_up
+
+    def gated(self, y_gate: torch.Tensor, y_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """act(Y_gate) Y_up [B, T, F], computed in `dtype`."""
+        return self.act_fn(y_gate.to(dtype)) * y_up.to(dtype)
 
 
 def carry(y: torch.Tensor, config: CRNetConfig) -> torch.Tensor:
@@ -208,13 +234,16 @@ class CRNetDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        tape: Tape | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, ...]:
         """hidden_states [B, T, D] and the previous layer's (Y_q, ..., Y_down), nothing in the first layer.
 
         Returns (hidden states [B, T, D], Y_q, Y_k, Y_v, Y_o, Y_gate, Y_up, Y_down); the hidden states alone where
-        layers do not build on one another.
+        layers do not build on one another, or where a tape carries the Y (memory_policies.py).
         """
+        if tape is not None:
+            return (tape.run(self, hidden_states),)
         q, k, v, o, gate, up, down = carried or NOTHING_CARRIED
 
         y_o, _, y_q, y_k, y_v = self.self_attn(
@@ -288,6 +317,46 @@ class CRNetPreTrainedModel(PreTrainedModel):
         # It protects loaded parameters from careless initialisers; those in `_init_weights` look before they write.
         super()._initialize_weights(module, is_custom_code=False)
 
+    def set_recompute(self, recompute: str, interval: int | None = None) -> None:
+        """Chooses the memory policy of training from here on: `recompute` and `recompute_interval` of the config.
+
+        Raises ValueError, and changes nothing, where the config would refuse them.
+        """
+        if recompute not in POLICIES:
+            raise ValueError(f"recompute={recompute!r} does not exist; allowed: {', '.join(POLICIES)}.")
+        config, model = self.config, self.base_model
+        before = config.recompute, config.recompute_interval
+        config.recompute, config.recompute_interval = recompute, interval  # type: ignore[assignment]
+        try:
+            config.validate_architecture()
+        except ValueError:
+            config.recompute, config.recompute_interval = before
+            raise
+        model._drifted = False
+        model._drift = DriftMeter()
+        if config.factorization == "cross_layer":
+            model.gradient_checkpointing = False
+
+    @property
+    def recompute_drift(self) -> float | None:
+        """Largest relative difference between a kept state and the one rebuilt in its place, in the latest backward.
+
+        None where nothing was compared: no backward yet, or a policy that does not invert.
+        """
+        return self.base_model._drift.value()
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
+        """Activation checkpointing means whole layers, except in CR-Net: there a layer boundary is as wide as eight
+        tensors, and the policy `low_rank` takes its place unless the config names another."""
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        if self.config.factorization != "cross_layer":
+            return
+        if enable and every_n_layers != 1:
+            logger.warning_once("every_n_layers counts whole-layer checkpoints; CR-Net reads recompute_interval.")
+        for module in self.modules():
+            if isinstance(module, CRNetDecoderLayer):
+                module.gradient_checkpointing = False
+
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the folder also names every Auto class, so that vLLM and `AutoModel` find the code."""
         if self._auto_class is not None:
@@ -315,6 +384,8 @@ class CRNetModel(CRNetPreTrainedModel):
         self.norm = CRNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self._drift = DriftMeter()
+        self._drifted = False  # whether inversion has been given up
         self.post_init()
 
     @merge_with_config_defaults
@@ -344,6 +415,9 @@ class CRNetModel(CRNetPreTrainedModel):
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens
             position_ids = positions.unsqueeze(0)
 
+        if use_cache and past_key_values is None and self._policy() not in (None, "none") and self._trains():
+            logger.warning_once(f"A cache does not go with recompute={self._policy()!r}. Setting `use_cache=False`.")
+            use_cache = False
         # Before a cache of our own is made: an empty one has the same mask, but hides packed documents from it.
         causal_mask = create_causal_mask(
             config=self.config,
@@ -355,22 +429,96 @@ class CRNetModel(CRNetPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        arguments = {
+            "attention_mask": causal_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
+            **kwargs,
+        }
         hidden_states = carry(inputs_embeds, self.config)
-        carried: tuple[torch.Tensor, ...] = ()
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states, *carried = layer(
-                hidden_states,
-                *carried,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
+        if self._uses_tape(hidden_states, past_key_values, kwargs):
+            hidden_states = self._forward_on_tape(hidden_states, arguments)
+        else:
+            carried: tuple[torch.Tensor, ...] = ()
+            for layer in self.layers[: self.config.num_hidden_layers]:
+                hidden_states, *carried = layer(hidden_states, *carried, **arguments)
 
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    # Memory policies (memory_policies.py)
+
+    def _policy(self) -> str | None:
+        """The memory policy in force; None for factorizations that have none."""
+        if self.config.factorization != "cross_layer":
+            return None
+        chosen = self.config.recompute
+        if chosen == "none" and self.gradient_checkpointing:
+            chosen = "low_rank"
+        if chosen in ("low_rank", "reversible") and self._drifted:
+            chosen = "replay"
+        return chosen
+
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _uses_tape(self, hidden_states: torch.Tensor, past_key_values: Cache | None, options: dict) -> bool:
+        policy = self._policy()
+        if policy is None or not self._trains() or past_key_values is not None:
+            return False
+        if any(layer.gradient_checkpointing for layer in self.layers):  # set by hand: whole layers
+            return False
+        if policy == "none" and torch.compiler.is_compiling():  # plain autograd makes one graph of it
+            return False
+        if torch._C._are_functorch_transforms_active():  # torch.func differentiates operations, not our Function
+            return False
+        if options.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            if policy != "none":
+                logger.warning_once(f"output_attentions: this call runs without recompute={policy!r}.")
+            return False
+        return torch.compiler.is_compiling() or type(hidden_states) is torch.Tensor  # no fake tensor, no DTensor
+
+    @torch.compiler.disable
+    def _forward_on_tape(self, hidden_states: torch.Tensor, arguments: dict) -> torch.Tensor:
+        self._look_at_drift()
+        policy = self._policy()
+        assert policy is not None
+        layers = list(self.layers[: self.config.num_hidden_layers])
+        interval = self.config.recompute_interval if policy == self.config.recompute else None
+        call = Call(arguments, hidden_states.device.type)
+        tape = Tape(policy, interval, self.config.recompute_error_bound, layers, call, self._drift)
+        for layer in layers:
+            (hidden_states,) = layer(hidden_states, tape=tape)
+        return hidden_states
+
+    def _look_at_drift(self) -> None:
+        """Past the bound, gradients are no longer to be trusted: from here on states are replayed, not inverted."""
+        drift, bound = self._drift.value(), self._drift_bound()
+        if dist.is_available() and dist.is_initialized() and hasattr(self.layers[0], "unshard"):
+            drift = _largest_of_all_processes(drift, self.device)  # all of them gather the same layers
+        self._drift.restart()
+        if drift is not None and drift > bound and not self._drifted:
+            self._drifted = True
+            logger.warning(
+                f"Rebuilt states of recompute={self.config.recompute!r} were {drift:.2g} away from the kept ones, more "
+                f"than {bound:.2g} (recompute_drift_bound): the gradients of the last step may be off. Going on with "
+                "recompute='replay', which rebuilds without dividing; model.set_recompute(...) chooses anew."
+            )
+
+    def _drift_bound(self) -> float:
+        if self.config.recompute_drift_bound is not None:
+            return self.config.recompute_drift_bound
+        device, dtype = self.device.type, self.norm.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return max(1e-4, 4 * torch.finfo(dtype).eps)
+
+
+def _largest_of_all_processes(value: float | None, device: torch.device) -> float | None:
+    largest = torch.tensor(-1.0 if value is None else value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return None if largest.item() < 0 else largest.item()
 
 
 class CRNetForCausalLM(CRNetPreTrainedModel, GenerationMixin):

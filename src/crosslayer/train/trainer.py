@@ -29,7 +29,7 @@ class PretrainTrainer(Trainer):
     - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
       Trainer is a mean of batch means);
     - `get_eval_dataloader`: the last, smaller batch too, whatever `dataloader_drop_last` says;
-    - `log`: tokens/s, model FLOPs utilisation and the range of beta beside the loss;
+    - `log`: tokens/s, model FLOPs utilisation, the range of beta and the drift of rebuilt states beside the loss;
     - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite.
     """
 
@@ -116,6 +116,9 @@ class PretrainTrainer(Trainer):
         if "loss" in logs:
             logs.update(self.throughput.metrics(self.model, self.args.device))
             logs.update(beta_range(self.model))
+            drift = getattr(self.model, "recompute_drift", None)
+            if drift is not None:
+                logs["recompute_drift"] = drift
         super().log(logs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

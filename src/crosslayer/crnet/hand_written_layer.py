@@ -1,0 +1,470 @@
+"""One CR-Net layer with its backward written by hand: forward, gradients, and the recurrence run backwards.
+
+    forward     h_mid = h_{l-1} + Y_o         Y_l = b Y_{l-1} + T B,  T = act(X A)
+                h_l   = h_mid + Y_down
+
+    backward    G_l   = dY_l + b_{l+1} G_{l+1}              the gradient of Y_l, with what the next layer adds
+                dT = G_l B^T    dB = T^T G_l    db = <G_l, Y_{l-1}>    dX = dU A^T    dA = X^T dU
+
+    inversion   Y_{l-1} = (Y_l - T B) / b     h_{l-1} = h_l - Y_down - Y_o        (arXiv 2509.18993, Algorithm 1)
+
+The products and the carried sums are written out. Norms, attention and the gate are asked of the layer's own modules,
+under a small autograd graph each, so that any attention implementation and any activation give their own gradients.
+
+A flat file that imports only torch and its neighbours, so that a saved checkpoint can carry it. Letters: [B, T, D]
+batch, tokens, hidden size; F the output width of a position, r the rank; h hidden states, Y outputs of the linears.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_crnet import POSITIONS
+from .cross_layer_linear import CrossLayerLinear, LowRankLinear
+
+NAME_OF = {p: f"{'self_attn' if p in ('q', 'k', 'v', 'o') else 'mlp'}.{p}_proj" for p in POSITIONS}
+"""Where the linear of a position lies within a layer."""
+
+Outputs = dict[str, torch.Tensor]
+"""Y of each position, [B, T, F]."""
+
+
+@dataclass
+class State:
+    """All that one layer hands to the next: hidden states [B, T, D] and the seven Y, in float32 at least."""
+
+    h: torch.Tensor
+    Y: Outputs
+
+    def __post_init__(self) -> None:
+        self.version = self.h._version
+
+    def is_intact(self) -> bool:
+        """Whether nobody has written over h, which others see too."""
+        return self.h._version == self.version
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.h, *self.Y.values()]
+
+
+@dataclass
+class Kept:
+    """What a layer's forward leaves for its backward, beside states: the policy decides."""
+
+    low_rank: Outputs | None = None  # U = X A of each position, [B, T, r]
+    attention: "AttentionRun | None" = None
+    random_state: list[torch.Tensor] | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        attention = self.attention.tensors() if self.attention is not None else []
+        return [*(self.low_rank or {}).values(), *attention, *(self.random_state or [])]
+
+
+@dataclass
+class Call:
+    """What the layers of one forward have in common: the arguments of a layer, and autocast as it was then."""
+
+    arguments: dict  # attention_mask, position_embeddings, ...: keyword arguments of a decoder layer
+    device_type: str
+    autocast_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if torch.is_autocast_enabled(self.device_type):
+            self.autocast_dtype = torch.get_autocast_dtype(self.device_type)
+
+    @property
+    def attention_arguments(self) -> dict:
+        own = ("position_embeddings", "past_key_values")
+        return {name: value for name, value in self.arguments.items() if name not in own}
+
+    def autocast(self) -> AbstractContextManager:
+        """The forward's autocast, for what the backward runs again."""
+        return torch.autocast(self.device_type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+
+class Product:
+    """The linear of one position: its weights, its b as a number, and what is done with them.
+
+    A dense linear, as in the first layer, is the case without A and without b: T is X itself.
+    """
+
+    def __init__(self, position: str, linear: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+        self.name = NAME_OF[position]
+        self.A: torch.Tensor | None = None
+        self.activation: str | None = None
+        last = linear
+        if isinstance(linear, LowRankLinear):
+            self.A, self.activation, last = linear.A.weight, linear.activation, linear.B
+        self.last_name = f"{self.name}.B" if self.A is not None else self.name
+        self.weight: torch.Tensor = last.weight  # type: ignore[assignment]
+        self.bias: torch.Tensor | None = last.bias  # type: ignore[assignment]
+        self.b: float | None = None
+        self.dtype = self.weight.dtype
+        if autocast_dtype is not None and self.dtype != torch.float64:
+            self.dtype = autocast_dtype
+
+    def low_rank(self, x: torch.Tensor) -> torch.Tensor | None:
+        """U = X A: [B, T, in] -> [B, T, r]; None where the linear is dense."""
+        return None if self.A is None else nn.functional.linear(x.to(self.dtype), self.A.to(self.dtype))
+
+    def inner(self, x: torch.Tensor | None, U: torch.Tensor | None) -> torch.Tensor:
+        """T = act(U), the input of the last product; X itself where the linear is dense."""
+        if U is None:
+            assert x is not None
+            return x.to(self.dtype)
+        return nn.functional.silu(U) if self.activation == "silu" else U
+
+    def advance(self, previous: torch.Tensor | None, T: torch.Tensor, dtype: torch.dtype, in_place: bool):
+        """Y_l = b Y_{l-1} + T B, written over Y_{l-1} if asked to."""
+        if previous is None:
+            return self._increment(T).to(dtype)
+        b = self.b
+        assert b is not None
+        if T.dtype != previous.dtype:
+            return torch.add(self._increment(T), previous, alpha=b, out=previous if in_place else None)
+        rows, weight = previous.view(-1, previous.shape[-1]), self.weight.to(self.dtype)
+        T = T.reshape(-1, T.shape[-1])
+        rows = rows.addmm_(T, weight.t(), beta=b) if in_place else torch.addmm(rows, T, weight.t(), beta=b)
+        if self.bias is not None:
+            rows.add_(self.bias)
+        return rows.view(previous.shape)
+
+    def retreat(self, Y: torch.Tensor, T: torch.Tensor) -> torch.Tensor:
+        """Y_{l-1} = (Y_l - T B) / b, written over Y_l."""
+        b = self.b
+        assert b is not None
+        if T.dtype != Y.dtype:
+            return Y.sub_(self._increment(T)).div_(b)
+        if self.bias is not None:
+            Y.sub_(self.bias)
+        weight = self.weight.to(self.dtype)
+        Y.view(-1, Y.shape[-1]).addmm_(T.reshape(-1, T.shape[-1]), weight.t(), beta=1 / b, alpha=-1 / b)
+        return Y
+
+    def _increment(self, T: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return nn.functional.linear(T, self.weight.to(self.dtype), bias)
+
+    def backward(self, G: torch.Tensor, x: torch.Tensor, U: torch.Tensor | None, wanted: set[str]):
+        """G = dY_l [B, T, F] -> (dX [B, T, in] in x's dtype, gradients of the wanted parameters by name)."""
+        gradients: dict[str, torch.Tensor] = {}
+        rows = G.reshape(-1, G.shape[-1]).to(self.dtype)
+        if f"{self.last_name}.weight" in wanted:
+            T = self.inner(x, U)
+            gradients[f"{self.last_name}.weight"] = rows.t() @ T.reshape(-1, T.shape[-1])  # dB = T^T G
+        if f"{self.last_name}.bias" in wanted:
+            gradients[f"{self.last_name}.bias"] = G.reshape(-1, G.shape[-1]).sum(0)
+        d_rows = rows @ self.weight.to(self.dtype)  # dT = G B^T
+        if self.A is not None:
+            assert U is not None
+            if self.activation == "silu":
+                d_rows = torch.ops.aten.silu_backward(d_rows, U.reshape(d_rows.shape))
+            if f"{self.name}.A.weight" in wanted:
+                x_rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+                gradients[f"{self.name}.A.weight"] = d_rows.t() @ x_rows  # dA = X^T dU
+            d_rows = d_rows @ self.A.to(self.dtype)  # dX = dU A^T
+        return d_rows.view(x.shape).to(x.dtype), gradients
+
+
+class LocalGraph:
+    """outputs = function(*inputs) with an autograd graph of its own, cut off from the one outside."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
+        # With gradients on in the forward too, which needs none of them: kernels may be chosen by it.
+        with torch.enable_grad():
+            self.leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            self.graphed = function(*self.leaves)
+        self.output = self.graphed.detach()
+
+    def gradients(
+        self, d_output: torch.Tensor, parameters: Iterable[torch.Tensor] = (), keep_graph: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Gradients of the inputs, then of the parameters."""
+        wanted = [*self.leaves, *parameters]
+        return torch.autograd.grad(self.graphed, wanted, d_output.to(self.graphed.dtype), retain_graph=keep_graph)
+
+
+class AttentionRun(LocalGraph):
+    """The attention core from Y_q, Y_k, Y_v. Its graph may wait for the backward without holding q, k and v.
+
+    Of what an attention implementation saves, the rotated q, k and v are made again from the Y they came from; only
+    the rest is held (its output and its sums over the keys, 1h per token, where the implementation is a fused one).
+    """
+
+    def __init__(self, attention: Any, Y: Outputs, call: Call, dtype: torch.dtype) -> None:
+        # The hooks below live in the graph, so they must not know the run, which holds it.
+        self.held: list[torch.Tensor] = []
+        self.rebuilt: list[torch.Tensor] = []
+        leaves_of_graph: list[torch.Tensor] = []
+        known: list[tuple] = []
+        held, rebuilt = self.held, self.rebuilt
+
+        def identity(tensor):
+            return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+        def heads(*leaves):
+            return attention.heads(*leaves, dtype, call.arguments["position_embeddings"])
+
+        def pack(tensor):
+            if identity(tensor) in known:
+                return known.index(identity(tensor))
+            held.append(tensor.detach())  # the graph must not hold a tensor that holds the graph
+            return held[-1]
+
+        def unpack(packed):
+            if not isinstance(packed, int):
+                return packed
+            if not rebuilt:
+                with torch.no_grad():
+                    rebuilt.extend(heads(*leaves_of_graph))
+            return rebuilt[packed]
+
+        def attend(*leaves):
+            leaves_of_graph.extend(leaves)
+            query_key_value = heads(*leaves)
+            known.extend(identity(tensor) for tensor in query_key_value)
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                return attention.attend(*query_key_value, **call.attention_arguments)[0]
+
+        super().__init__(attend, Y["q"], Y["k"], Y["v"])
+
+    def gradients(self, d_output, parameters=(), keep_graph=False):
+        gradients = super().gradients(d_output, parameters, keep_graph)
+        self.rebuilt.clear()
+        return gradients
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.held, self.output]
+
+
+class HandWrittenLayer:
+    """The equations above, for one layer and one call.
+
+    Args:
+        layer: the decoder layer, made of parts that `can_be_hand_written` knows.
+        call: what it has in common with the other layers of this forward.
+        b: b of each position, None in the first layer.
+    """
+
+    def __init__(self, layer: Any, call: Call, b: dict[str, float] | None) -> None:
+        self.layer = layer
+        self.call = call
+        self.products = {p: Product(p, layer.get_submodule(NAME_OF[p]), call.autocast_dtype) for p in POSITIONS}
+        for position, value in (b or {}).items():
+            self.products[position].b = value
+        self.U: Outputs = {}
+
+    # Forward
+
+    def forward(self, h: torch.Tensor, previous: Outputs | None, in_place: bool) -> tuple[State, AttentionRun]:
+        """(h_{l-1}, Y_{l-1}) -> (h_l, Y_l); the low-rank outputs stay in `self.U`."""
+        Y: Outputs = {}
+        x = self.normed("input_layernorm", h).output
+        for position in ("q", "k", "v"):
+            Y[position] = self._advance(position, x, h.dtype, previous, in_place)
+        attention = self.attend(Y, x.dtype)
+        Y["o"] = self._advance("o", attention.output, h.dtype, previous, in_place)
+        h_mid = h + Y["o"]
+
+        x = self.normed("post_attention_layernorm", h_mid).output
+        for position in ("gate", "up"):
+            Y[position] = self._advance(position, x, h.dtype, previous, in_place)
+        gated = self.gate(Y, x.dtype).output
+        Y["down"] = self._advance("down", gated, h.dtype, previous, in_place)
+        return State(h_mid.add_(Y["down"]), Y), attention
+
+    def _advance(self, position, x, dtype, previous, in_place):
+        product = self.products[position]
+        U = product.low_rank(x)
+        if U is not None:
+            self.U[position] = U
+        below = previous[position] if previous is not None else None
+        return product.advance(below, product.inner(x, U), dtype, in_place)
+
+    def normed(self, name: str, h: torch.Tensor) -> LocalGraph:
+        with self.call.autocast():
+            return LocalGraph(getattr(self.layer, name), h)
+
+    def attend(self, Y: Outputs, dtype: torch.dtype) -> AttentionRun:
+        with self.call.autocast():
+            return AttentionRun(self.layer.self_attn, Y, self.call, dtype)
+
+    def gate(self, Y: Outputs, dtype: torch.dtype) -> LocalGraph:
+        with self.call.autocast():
+            return LocalGraph(lambda gate, up: self.layer.mlp.gated(gate, up, dtype), Y["gate"], Y["up"])
+
+    def replay(self, state: State, low_rank: Outputs) -> State:
+        """The forward's additions once more, from the low-rank outputs: equal to the last bit."""
+        Y = {}
+        for position, product in self.products.items():
+            T = product.inner(None, low_rank[position])
+            Y[position] = product.advance(state.Y[position], T, state.h.dtype, in_place=False)
+        return State((state.h + Y["o"]).add_(Y["down"]), Y)
+
+    # Backward
+
+    def backward(self, step: "BackwardStep") -> torch.Tensor:
+        """d h_l -> d h_{l-1}. Gradients of parameters are put into `step`, and Y_{l-1} where it is rebuilt."""
+        self.U = step.low_rank
+        d_mid = self._backward_mlp(step)
+        return self._backward_attention(step, d_mid)
+
+    def _backward_mlp(self, step: "BackwardStep") -> torch.Tensor:
+        normed = self.normed("post_attention_layernorm", step.h_below + step.Y["o"])
+        x = normed.output
+        gate = self.gate(step.Y, x.dtype)
+        G = step.total_gradient("down", step.d_h)
+        d_gated = self._backward_product("down", G, gate.output, step)
+        d_gate, d_up = gate.gradients(d_gated)
+        del gate, d_gated
+        dx = self._backward_product("gate", step.total_gradient("gate", d_gate), x, step)
+        del d_gate
+        dx = dx.add_(self._backward_product("up", step.total_gradient("up", d_up), x, step))
+        return step.d_h + self._backward_norm("post_attention_layernorm", normed, dx, step)
+
+    def _backward_attention(self, step: "BackwardStep", d_mid: torch.Tensor) -> torch.Tensor:
+        normed = self.normed("input_layernorm", step.h_below)
+        x = normed.output
+        attention = step.attention if step.attention is not None else step.attend_again(self, x.dtype)
+        d_attended = self._backward_product("o", step.total_gradient("o", d_mid), attention.output, step)
+        d_heads = attention.gradients(d_attended, keep_graph=step.keep_graph)
+        del attention, d_attended
+        dx = None
+        for position, d_head in zip(("q", "k", "v"), d_heads, strict=True):
+            d = self._backward_product(position, step.total_gradient(position, d_head), x, step)
+            dx = d if dx is None else dx.add_(d)
+        return d_mid + self._backward_norm("input_layernorm", normed, dx, step)
+
+    def _backward_product(self, position: str, G: torch.Tensor, x: torch.Tensor, step: "BackwardStep"):
+        """G = d Y_l of one position -> d X; from here on Y_l is no longer needed and may become Y_{l-1}."""
+        product = self.products[position]
+        U = self.U[position] if position in self.U else product.low_rank(x)
+        dx, gradients = product.backward(G, x, U, step.wanted)
+        step.gradients.update(gradients)
+        if product.b is not None:
+            previous = step.output_below(position, product, lambda: product.inner(x, U))
+            if f"{product.name}.beta" in step.wanted:  # db = <G, Y_{l-1}>, and db/dbeta = 1
+                step.gradients[f"{product.name}.beta"] = torch.dot(G.view(-1), previous.reshape(-1)).view(1)
+        return dx
+
+    def _backward_norm(self, name: str, normed: LocalGraph, dx, step: "BackwardStep") -> torch.Tensor:
+        weights = {f"{name}.{key}": p for key, p in getattr(self.layer, name).named_parameters()}
+        weights = {key: parameter for key, parameter in weights.items() if key in step.wanted}
+        d_h, *d_weights = normed.gradients(dx, weights.values())
+        step.gradients.update(zip(weights, d_weights, strict=True))
+        return d_h
+
+    # The recurrence backwards, without gradients
+
+    def rebuild_below(self, step: "BackwardStep") -> None:
+        """Y_{l-1} of every position, for a layer that the gradients do not pass."""
+        self.U = step.low_rank
+        x = self.normed("input_layernorm", step.h_below).output
+        x_mlp = self.normed("post_attention_layernorm", step.h_below + step.Y["o"]).output
+        inputs = dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("gate", "up"), x_mlp)
+        if not self.U:
+            inputs["o"] = step.attend_again(self, x.dtype).output
+            inputs["down"] = self.gate(step.Y, x_mlp.dtype).output
+        for position, product in self.products.items():
+            U = self.U[position] if self.U else product.low_rank(inputs[position])
+            step.output_below(position, product, partial(product.inner, None, U))
+
+
+@dataclass
+class BackwardStep:
+    """What goes in and out of the backward of one layer.
+
+    Goes in: the state after the layer, the hidden states before it, the gradient of its hidden states, and G of the
+    layer above with its b. Comes out: gradients by parameter name, G of this layer, Y of the layer below.
+    """
+
+    h_below: torch.Tensor
+    Y: Outputs
+    d_h: torch.Tensor
+    low_rank: Outputs = field(default_factory=dict)
+    attention: AttentionRun | None = None
+    attend_again: Callable = lambda layer, dtype: None
+    G_above: Outputs = field(default_factory=dict)
+    b_above: dict[str, float] = field(default_factory=dict)
+    kept_below: State | None = None
+    inverts: bool = True
+    wanted: set[str] = field(default_factory=set)
+    keep_graph: bool = False
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    G: Outputs = field(default_factory=dict)
+    Y_below: Outputs = field(default_factory=dict)
+    drifts: list[torch.Tensor] = field(default_factory=list)
+
+    def total_gradient(self, position: str, local: torch.Tensor) -> torch.Tensor:
+        """G_l = dY_l + b_{l+1} G_{l+1}, written over G_{l+1}."""
+        above = self.G_above.pop(position, None)
+        if above is None:
+            G = local.to(self.h_below.dtype, memory_format=torch.contiguous_format, copy=True)
+        else:
+            G = torch.add(local, above, alpha=self.b_above[position], out=above)
+        self.G[position] = G
+        return G
+
+    def output_below(self, position: str, product: Product, T: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Y_{l-1}: as it was kept, else rebuilt in place of Y_l. Where both are at hand they are compared."""
+        kept = self.kept_below.Y[position] if self.kept_below is not None else None
+        if self.inverts:
+            rebuilt = product.retreat(self.Y[position], T())
+            if kept is not None:  # in units of the lowest state that is used, Y_l: before this division by b
+                assert product.b is not None
+                self.drifts.append(relative_difference(rebuilt, kept) * min(1.0, abs(product.b)))
+        self.Y_below[position] = kept if kept is not None else rebuilt
+        return self.Y_below[position]
+
+
+def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """|actual - expected| / |expected|; `actual` is overwritten. A 0-dim tensor, infinite for anything not finite."""
+    norm = torch.linalg.vector_norm(expected).clamp_min(torch.finfo(expected.dtype).tiny)
+    difference = torch.linalg.vector_norm(actual.sub_(expected)) / norm
+    return torch.nan_to_num(difference, nan=torch.inf)
+
+
+def can_be_hand_written(layer: nn.Module) -> bool:
+    """Whether every part of the layer is what the equations above describe.
+
+    A linear that was replaced (LoRA, quantisation), a weight that is no plain tensor (tensor parallel) or a module
+    that somebody watches with hooks must be asked, not bypassed.
+    """
+    if not all(_is_plain_linear(layer.get_submodule(name)) for name in NAME_OF.values()):
+        return False
+    if any(type(parameter) not in (nn.Parameter, torch.Tensor) for parameter in layer.parameters()):
+        return False
+    return not any(is_watched(module) for module in layer.modules() if module is not layer)
+
+
+def _is_plain_linear(linear: nn.Module) -> bool:
+    if type(linear) in (LowRankLinear, CrossLayerLinear):
+        return type(linear.A) is nn.Linear and type(linear.B) is nn.Linear and linear.A.bias is None
+    return type(linear) is nn.Linear
+
+
+def is_watched(module: nn.Module) -> bool:
+    if "forward" in module.__dict__ or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if module._forward_pre_hooks:
+        return True
+    # transformers' recorder of attention weights stays on the modules once installed, and sleeps unless asked.
+    return any(hook.__module__ != "transformers.utils.output_capturing" for hook in module._forward_hooks.values())
+
+
+__all__ = [
+    "NAME_OF",
+    "BackwardStep",
+    "Call",
+    "HandWrittenLayer",
+    "Kept",
+    "LocalGraph",
+    "State",
+    "can_be_hand_written",
+    "relative_difference",
+]
