@@ -55,7 +55,9 @@ def contenders(shape: dict) -> dict[str, torch.nn.Module]:
         "CR-Net written plainly": CRNetForCausalLM(CRNetConfig(**shape)),
         "CoLA": CRNetForCausalLM(CRNetConfig(**shape, factorization="cola")),
     }
-    for module in models["CR-Net written plainly"].modules():
+    plain = models["CR-Net written plainly"]
+    plain.model._uses_tape = lambda *_: False  # ordinary autograd throughout
+    for module in plain.modules():
         if isinstance(module, CrossLayerLinear):
             module.forward = plain_forward.__get__(module)
     return models
