@@ -37,6 +37,7 @@ def tiny_content(root: Path, **training) -> dict:
             "validation_fraction": 0.2,
             "cache_dir": str(root / "cache"),
         },
+        "parameter_groups": {"embedding_lr_factor": 1.0},
         "training": {
             "max_steps": 12,
             "per_device_train_batch_size": 4,

@@ -287,7 +287,7 @@ def test_bad_model_leaves_no_trace(root):
 
 @pytest.mark.parametrize("factorization", ["low_rank", "cola", "dense"])
 def test_other_factorizations_train(root, factorization):
-    recipe = tiny_recipe(root, max_steps=2, save_steps=2)
+    recipe = tiny_recipe(root, max_steps=4)
     recipe.model["factorization"] = factorization
     report = pretrain(recipe, root / factorization)
     assert report.after["eval_loss"] < report.before["eval_loss"]
