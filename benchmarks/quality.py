@@ -273,6 +273,7 @@ def main() -> None:
         "wall_seconds_of_this_call": round(time.time() - started),
         "methods": summary,
     }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     draw(content, options.out.with_suffix(".png"))
     print_table(content)
