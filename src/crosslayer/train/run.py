@@ -84,7 +84,8 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
         return CRNetConfig(**settings)
     except StrictDataclassError as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise ConfigError(" ".join(lines[1:]) or lines[0]) from None
+        reason = " ".join(lines[1:]) or lines[0]
+        raise ConfigError(reason.removeprefix("ValueError: ").removeprefix("TypeError: ")) from None
 
 
 def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
