@@ -222,19 +222,22 @@ def _print_speed(methods: list[str], result: dict[str, Any]) -> None:
     from ..evaluate.contenders import METHODS
     from .common import print_table
 
-    header, columns = [""], []
+    header, rows = [""], [[METHODS[name].label] for name in methods]
     if "training" in result:
         header += ["training tokens/s", "over Llama", "by operations alone"]
-        columns.append(lambda name: _speed_cells(result["training"].get(name), "speed_if_operations_decided"))
     if "memory" in result:
         header += ["peak MB", "activations MB"]
-        columns.append(lambda name: [f"{result['memory'][name][part] / 1e6:,.1f}" for part in ("total", "activations")])
-    for part in ("prefill", "decode") if "generation" in result else ():
-        header += [f"{part} tokens/s", "over Llama"]
-        columns.append(lambda name, part=part: _speed_cells(result["generation"].get(name, {}).get(part)))
-    print_table(
-        header, [[METHODS[name].label, *(cell for cells in columns for cell in cells(name))] for name in methods]
-    )
+    if "generation" in result:
+        header += ["prefill tokens/s", "over Llama", "decode tokens/s", "over Llama"]
+    for name, row in zip(methods, rows, strict=True):
+        if "training" in result:
+            row += _speed_cells(result["training"][name], "speed_if_operations_decided")
+        if "memory" in result:
+            row += [f"{result['memory'][name][part] / 1e6:,.1f}" for part in ("total", "activations")]
+        if "generation" in result:
+            measured = result["generation"].get(name, {})
+            row += _speed_cells(measured.get("prefill")) + _speed_cells(measured.get("decode"))
+    print_table(header, rows)
 
 
 def _speed_cells(row: dict[str, Any] | None, *more: str) -> list[str]:

@@ -93,7 +93,7 @@ class Contenders:
         model = self._models[method.model].train()
         if method.policy is not None:
             model.set_recompute(method.policy, self._interval(method))
-        elif method.checkpointing != model.is_gradient_checkpointing:
+        elif method.checkpointing != model.is_activation_checkpointing:
             switch = "enable" if method.checkpointing else "disable"
             getattr(model, f"activation_checkpointing_{switch}")()
         return model

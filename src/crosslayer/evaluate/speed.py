@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from ..accounting import peak_flops
 from ..analysis import measure_peak_memory
@@ -70,17 +71,14 @@ def training_step(
     model: nn.Module,
     ids: torch.Tensor,
     optimizer: torch.optim.Optimizer | None = None,
-    precision: Callable | None = None,
+    precision: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Step:
     """Forward, loss on the logits (transformers' own), backward and optimizer; None: fused AdamW."""
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        if precision is None:
+        with precision():
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        else:
-            with precision():
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -207,10 +205,10 @@ class _Generation:
                 self.next = output.logits.argmax(-1)
 
 
-def _weight_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that a decoded token reads: all but the embeddings."""
-    embeddings = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
-    read = [p for p in model.parameters() if p is not embeddings or model.config.tie_word_embeddings]
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a decoded token reads: all but the embeddings, unless they are the head too."""
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    read = [p for p in model.parameters() if tied or p is not model.get_input_embeddings().weight]
     return sum(parameter.numel() * parameter.element_size() for parameter in read)
 
 
