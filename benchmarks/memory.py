@@ -92,6 +92,7 @@ def draw(section: dict, path: Path) -> None:
         axes.plot(depths, values, "--" if dashed else "-", marker="o", markersize=3, color=color, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.set_yticks([20, 50, 100, 200, 500, 1000, 2000])
     axes.set_xticks([int(depth) for depth in section["methods"]["dense"]["depths"]])
     axes.set_xlabel("layers")
     hidden = section["shape"]["hidden_size"]
@@ -206,10 +207,12 @@ def measure_interval(sizes: dict) -> dict[str, Any]:
     """Error of all gradients of the layers against float64, for wider and wider intervals of `reversible`."""
     layers, smoke = sizes["exact"], sizes is SMOKE
     intervals = [2, 4] if smoke else [8, 12, 16, 24, 32, 48]
-    cases = [("float32", b) for b in (1.0, 0.9)] + [("mixed", b) for b in (1.0, 0.9, 0.5)]
+    cases = [("float32", b) for b in (1.0, 0.9)]
+    cases += [(dtype, b) for dtype in ("mixed", "bfloat16") for b in (1.0, 0.9, 0.5)]
+    weights = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16}
     errors: dict[str, dict[str, Any]] = {}
     for dtype, b in cases:
-        exact, model = deep_model(layers, b, torch.float64), deep_model(layers, b, torch.float32)
+        exact, model = deep_model(layers, b, torch.float64), deep_model(layers, b, weights[dtype])
         exact.load_state_dict(model.state_dict())
         truth = gradients(exact, None, None, "float64")
         plain = error_of(gradients(model, None, None, dtype), truth)
@@ -220,7 +223,7 @@ def measure_interval(sizes: dict) -> dict[str, Any]:
         dtype: [
             n for n in intervals if all(e[str(n)] <= e["bar"] for case, e in errors.items() if case.startswith(dtype))
         ]
-        for dtype in ("float32", "mixed")
+        for dtype in weights
     }
     # The bar holds up to some interval; one beyond a gap does not count.
     largest = {dtype: max(_unbroken(intervals, good), default=None) for dtype, good in fine.items()}

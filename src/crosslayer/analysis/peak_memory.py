@@ -11,7 +11,7 @@ afterwards, when it is known how long it lived:
 On a CPU the peak equals that of torch's profiler, which asks the allocator, to the byte. torch's MemTracker finds the
 same peak under plain autograd, but under a memory policy its hooks keep states alive that were dropped (5 % too much at
 12 layers), and it names storages by when they were made, so that what a forward drops at once is an activation
-(tests/parity/test_peak_memory.py). On CUDA the allocator has the last word on the peak: `temporary` is corrected by
+(tests/parity/test_peak_memory_witnesses.py). On CUDA the allocator has the last word on the peak: `temporary` is corrected by
 what kernels take within themselves and by rounding.
 """
 
@@ -177,8 +177,8 @@ def _watch(step: _Step, parts: dict[str, list[torch.Tensor]]) -> dict[str, dict[
     there_before = set(part_of)
 
     def is_gradient(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        part_of[watch.number(parameter.grad)] = "gradients"
+        if parameter.grad is not None:  # None: a hook of the caller's has released it
+            part_of[watch.number(parameter.grad)] = "gradients"
 
     trained = [parameter for parameter in parts["parameters"] if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(is_gradient) for parameter in trained]

@@ -114,7 +114,7 @@ class Contenders:
         return torch.randint(self.shape["vocab_size"], (batch, sequence), generator=generator).to(self.device)
 
     def _interval(self, method: Method) -> int | None:
-        return None if method.policy == "none" else self.interval
+        return self.interval if method.policy not in (None, "none") else None
 
     def _config(self, method: Method) -> LlamaConfig:
         shape = {name: value for name, value in self.shape.items() if name != "rank" or method.model != "llama"}

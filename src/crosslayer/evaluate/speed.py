@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from ..accounting import peak_flops
@@ -86,9 +86,19 @@ def training_step(
     return step
 
 
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+_FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
 def matrix_operations(model: nn.Module, ids: torch.Tensor) -> int:
-    """Operations of a training step by torch's counter: backward twice the forward, recomputation not counted."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """Operations of a training step by torch's counter: backward twice the forward, recomputation not counted.
+
+    Attention counts as the full square, as on CUDA; torch's counter does not know the CPU's fused kernel by itself.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={_FUSED_ON_CPU: _attention}) as counter:
         model(input_ids=ids, labels=ids, use_cache=False)
     return 3 * counter.get_total_flops()
 
