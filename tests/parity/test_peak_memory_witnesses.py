@@ -33,7 +33,7 @@ def there_before(found: PeakMemory) -> int:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_peak_equals_the_allocators(name):
-    """To the byte; one kernel's scratch memory may add to it."""
+    """To the byte, but for what one kernel of fused attention takes and gives back within itself: 5 and 10 kB here."""
     model, ids, optimizer, step = case(name)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -43,7 +43,7 @@ def test_peak_equals_the_allocators(name):
             now += event.nbytes()
             highest = max(highest, now)
     found = measure_peak_memory(model, ids, optimizer)
-    assert found.total_bytes == pytest.approx(highest + there_before(found), rel=0.002)
+    assert 0 <= highest + there_before(found) - found.total_bytes <= 10_000
 
 
 @pytest.mark.parametrize("name", ["llama", "dense_checkpointing"])
@@ -63,4 +63,4 @@ def test_can_fail():
     expected = measure_peak_memory(model, ids, optimizer)
     hoard = []
     model.model.norm.register_forward_hook(lambda module, inputs, output: hoard.append(output.detach() + 1))
-    assert measure_peak_memory(model, ids, optimizer).total_bytes > expected.total_bytes
+    assert measure_peak_memory(model, ids, optimizer).total_bytes > expected.total_bytes + 10_000
