@@ -84,6 +84,14 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2))
 
 
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table, columns aligned."""
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    for line in (header, ["-" * width for width in widths], *rows):
+        first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("| " + " | ".join([first.strip().ljust(widths[0]), *rest]) + " |")
+
+
 def _siblings(path: Path) -> list[str]:
     return [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
 
