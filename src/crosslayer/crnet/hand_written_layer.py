@@ -30,6 +30,13 @@ NAME_OF = {p: f"{'self_attn' if p in ('q', 'k', 'v', 'o') else 'mlp'}.{p}_proj" 
 """Where the linear of a position lies within a layer."""
 
 
+def linears_of(layer: Any) -> dict[str, nn.Module]:
+    """The linear of each position."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return dict(zip(POSITIONS, (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj), strict=True))
+
+
 @dataclass
 class State:
     """All that one layer hands to the next: hidden states [B, T, D] and the seven Y, in float32 at least."""
@@ -167,7 +174,7 @@ class HandWrittenLayer:
     def __init__(self, layer: Any, call: Call, b: dict[str, float] | None) -> None:
         self.layer = layer
         self.call = call
-        self.products = {p: Product(p, layer.get_submodule(NAME_OF[p]), call.autocast_dtype) for p in POSITIONS}
+        self.products = {p: Product(p, linear, call.autocast_dtype) for p, linear in linears_of(layer).items()}
         for position, value in (b or {}).items():
             self.products[position].b = value
         self.U: Outputs = {}
@@ -361,7 +368,7 @@ def can_be_hand_written(layer: nn.Module) -> bool:
     A linear that was replaced (LoRA, quantisation), a weight that is no plain tensor (tensor parallel) or a module
     that somebody watches with hooks must be asked, not bypassed.
     """
-    if not all(_is_plain_linear(layer.get_submodule(name)) for name in NAME_OF.values()):
+    if not all(_is_plain_linear(linear) for linear in linears_of(layer).values()):
         return False
     if any(type(parameter) not in (nn.Parameter, torch.Tensor) for parameter in layer.parameters()):
         return False
@@ -384,12 +391,12 @@ def is_watched(module: nn.Module) -> bool:
 
 
 __all__ = [
-    "NAME_OF",
     "BackwardStep",
     "Call",
     "HandWrittenLayer",
     "Kept",
     "State",
     "can_be_hand_written",
+    "linears_of",
     "relative_difference",
 ]
