@@ -71,7 +71,8 @@ class Kept:
 class Product:
     """The linear of one position: its weights, its b as a number, and what is done with them.
 
-    A dense linear, as in the first layer, is the case without A and without b: T is X itself.
+    A dense linear, as in the first layer, is the case without A and without b: T is X itself. Sums in place are written
+    `addmm(..., out=)`: torch's FLOP counter does not know `addmm_`.
     """
 
     def __init__(self, position: str, linear: nn.Module, autocast_dtype: torch.dtype | None) -> None:
@@ -110,7 +111,7 @@ class Product:
             return torch.add(self._increment(T), previous, alpha=b, out=previous if in_place else None)
         rows, weight = previous.view(-1, previous.shape[-1]), self.weight.to(self.dtype)
         T = T.reshape(-1, T.shape[-1])
-        rows = rows.addmm_(T, weight.t(), beta=b) if in_place else torch.addmm(rows, T, weight.t(), beta=b)
+        rows = torch.addmm(rows, T, weight.t(), beta=b, out=rows if in_place else None)
         if self.bias is not None:
             rows.add_(self.bias)
         return rows.view(previous.shape)
@@ -124,7 +125,8 @@ class Product:
         if self.bias is not None:
             Y.sub_(self.bias)
         weight = self.weight.to(self.dtype)
-        Y.view(-1, Y.shape[-1]).addmm_(T.reshape(-1, T.shape[-1]), weight.t(), beta=1 / b, alpha=-1 / b)
+        rows = Y.view(-1, Y.shape[-1])
+        torch.addmm(rows, T.reshape(-1, T.shape[-1]), weight.t(), beta=1 / b, alpha=-1 / b, out=rows)
         return Y
 
     def _increment(self, T: torch.Tensor) -> torch.Tensor:
@@ -154,7 +156,7 @@ class Product:
             weight = self.A.to(self.dtype)
         d_rows = dx.view(-1, dx.shape[-1])
         if d_rows.dtype == self.dtype:
-            d_rows.addmm_(rows, weight, beta=float(add))  # dX = dU A^T
+            torch.addmm(d_rows, rows, weight, beta=float(add), out=d_rows)  # dX = dU A^T
         elif add:
             d_rows.add_(rows @ weight)
         else:
