@@ -1,7 +1,7 @@
 """Training Transformers through low-rank structure across layers.
 
-Importing the package registers its models with transformers' Auto classes. Only the command line, which has to
-answer `--help` at once, puts that off until a verb needs it; public names are loaded on first use there.
+Importing the package registers its models with transformers' Auto classes and LoR2C with PEFT. Only the command line,
+which has to answer `--help` at once, puts that off until a verb needs it; public names are loaded on first use there.
 """
 
 import sys
@@ -16,12 +16,16 @@ _HOME_OF = {
     "CRNetForCausalLM": "crosslayer.crnet",
     "CRNetForSequenceClassification": "crosslayer.crnet",
     "CRNetModel": "crosslayer.crnet",
+    "LoR2CConfig": "crosslayer.lor2c",
+    "LoR2CModel": "crosslayer.lor2c",
+    "LoR2CStructureCallback": "crosslayer.lor2c",
 }
 
 _IS_COMMAND_LINE = Path(sys.argv[0]).stem in ("crosslayer", "-m")  # "-m": python -m crosslayer
 
 if TYPE_CHECKING:
     from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetForSequenceClassification, CRNetModel
+    from crosslayer.lor2c import LoR2CConfig, LoR2CModel, LoR2CStructureCallback
 
 
 def __getattr__(name: str) -> Any:
@@ -32,10 +36,14 @@ def __getattr__(name: str) -> Any:
 
 if not _IS_COMMAND_LINE:
     import_module("crosslayer.crnet")
+    import_module("crosslayer.lor2c")
 
 __all__ = [
     "CRNetConfig",
     "CRNetForCausalLM",
     "CRNetForSequenceClassification",
     "CRNetModel",
+    "LoR2CConfig",
+    "LoR2CModel",
+    "LoR2CStructureCallback",
 ]

@@ -1,5 +1,6 @@
 """What a model costs, by arithmetic from its configuration: parameters, floating-point operations, bytes."""
 
+from .adapters import lor2c_parameters, lora_parameters
 from .cost import (
     activation_elements_per_token,
     count_parameters,
@@ -14,6 +15,8 @@ __all__ = [
     "count_parameters",
     "dense_counterpart",
     "estimate_training_memory",
+    "lor2c_parameters",
+    "lora_parameters",
     "peak_flops",
     "training_flops_per_token",
 ]
