@@ -50,7 +50,7 @@ def load_rows(source: str, split: str, *, configuration: str | None = None, cach
 
 
 def find_split(path: Path, split: str) -> Path:
-    """The file of a split: `path` itself when it is a file, SPLIT.ENDING in it when it is a folder. Raises DataError."""
+    """The file of a split: `path` itself, or SPLIT.ENDING in a folder. Raises DataError."""
     if path.is_file():
         if not path.name.lower().endswith(ENDINGS):
             raise DataError(f"{path}: unknown kind of file; allowed are {', '.join(ENDINGS)}")
@@ -75,8 +75,8 @@ def require_columns(rows: Dataset, columns: tuple[str, ...], label: str, option:
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise DataError(
-            f"{label}: no column {missing[0]!r}; the columns are {', '.join(map(repr, rows.column_names))}; choose with "
-            f"{option}"
+            f"{label}: no column {missing[0]!r}; the columns are {', '.join(map(repr, rows.column_names))}; choose "
+            f"with {option}"
         )
 
 

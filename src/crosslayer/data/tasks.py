@@ -211,7 +211,7 @@ def _source(config: TaskConfig) -> str:
 
 
 def _load_splits(config: TaskConfig, source: str, glue: GlueTask | None) -> tuple[Dataset, Dataset]:
-    cache = cache_root(config) / "rows"
+    cache = cache_root(config.cache_dir) / "rows"
     split = config.validation_split or (glue.validation_split if glue else "validation")
     if config.validation_split is None and not is_hub(source) and not has_split(source, split):
         split = "validation"  # local copies of mnli that call it so
@@ -237,7 +237,7 @@ def _kind(config: TaskConfig, rows: Dataset, source: str) -> Kind:
     if config.task in GLUE:
         return "classification" if GLUE[config.task].labels else "regression"
     if config.task in KINDS:
-        return config.task  # type: ignore[return-value]
+        return config.task
     names = set(rows.column_names)
     if any(set(columns) <= names for columns in _INSTRUCTION_FORMS):
         return "instruction"
@@ -248,8 +248,8 @@ def _kind(config: TaskConfig, rows: Dataset, source: str) -> Kind:
             else ("classification")
         )
     raise DataError(
-        f"{source}: columns {', '.join(map(repr, rows.column_names))} are no task: classification and regression need a "
-        f"text and {config.label_column!r} (label_column), instructions need instruction and output, prompt and "
+        f"{source}: columns {', '.join(map(repr, rows.column_names))} are no task: classification and regression need "
+        f"a text and {config.label_column!r} (label_column), instructions need instruction and output, prompt and "
         "completion, or messages"
     )
 
@@ -332,28 +332,26 @@ def _to_prompts(rows: Dataset, where: str) -> Dataset:
     form = next((form for form in _INSTRUCTION_FORMS if set(form) <= set(rows.column_names)), None)
     if form is None:
         raise DataError(
-            f"{where}: columns {', '.join(map(repr, rows.column_names))} are no instruction data; needed are instruction "
-            "and output (and input), prompt and completion, or messages"
+            f"{where}: columns {', '.join(map(repr, rows.column_names))} are no instruction data; needed are "
+            "instruction and output (and input), prompt and completion, or messages"
         )
     if form == ("messages",):
         for number, messages in enumerate(rows["messages"], start=1):
             if not messages or len(messages) < 2 or messages[-1].get("role") != "assistant":
                 raise DataError(f"{where}, row {number}: messages must end with an answer of the role 'assistant'")
-        convert: Callable[[dict], dict] = (
-            lambda row: {  # noqa: E731
-                "prompt": row["messages"][:-1],
-                "completion": row["messages"][-1:],
-            }
-        )
-    else:
-        for column in form:
-            for number, text in enumerate(rows[column], start=1):
-                if not text:
-                    raise DataError(f"{where}, row {number}: column {column!r} is empty")
-        if form == ("prompt", "completion"):
-            return rows.select_columns(["prompt", "completion"])
-        convert = lambda row: {  # noqa: E731
-            "prompt": prompt_of(row["instruction"], row.get("input") or ""),
-            "completion": row["output"],
-        }
-    return rows.map(convert, remove_columns=rows.column_names)
+        return rows.map(_split_messages, remove_columns=rows.column_names)
+    for column in form:
+        for number, text in enumerate(rows[column], start=1):
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{where}, row {number}: column {column!r} holds {text!r}, not text")
+    if form == ("prompt", "completion"):
+        return rows.select_columns(list(form))
+    return rows.map(_to_prompt, remove_columns=rows.column_names)
+
+
+def _split_messages(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+
+
+def _to_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": prompt_of(row["instruction"], row.get("input") or ""), "completion": row["output"]}

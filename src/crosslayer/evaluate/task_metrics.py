@@ -22,7 +22,7 @@ def measure_task(metrics: Sequence[str], predictions: np.ndarray, labels: np.nda
 def check_metrics_available() -> None:
     """Raises ConfigError when scikit-learn or scipy is missing, before anything is trained."""
     try:
-        import scipy.stats
+        import scipy.stats  # noqa: F401
         import sklearn.metrics  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"task metrics need {error.name}: pip install 'crosslayer[eval]'") from None

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -37,7 +36,7 @@ from .run_folder import (
 from .trainer import SafeTrainer, describe_device, last_complete_checkpoint, training_arguments
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    pass
 
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 
@@ -185,9 +184,7 @@ def load_base(name: str, task: Task, adapter: AdapterConfig) -> tuple[PreTrained
     if task.kind != "instruction":
         builder = AutoModelForSequenceClassification
         settings["num_labels"] = len(task.labels) or 1
-        settings["problem_type"] = (
-            "regression" if task.kind == "regression" else "single_label_classification"
-        )
+        settings["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
         if task.labels:
             settings["id2label"] = dict(enumerate(task.labels))
             settings["label2id"] = {label: index for index, label in enumerate(task.labels)}
@@ -223,8 +220,11 @@ def build_arguments(recipe: FinetuneRecipe, task: Task, output_dir: Path) -> Tra
 
 
 def default_training(task: Task, adapter: AdapterConfig) -> dict[str, Any]:
-    """Settings where a recipe has none. Rates, warm-up and decay of the adapters: the paper's scripts (recipes/); epochs
-    and batch size: our choice, for a first run; rates of `full` and `head`: the usual ones."""
+    """Settings where a recipe has none.
+
+    Rates, warm-up and decay of the adapters: the paper's scripts (recipes/). Epochs and batch size: our choice, for a
+    first run. Rates of `full` and `head`: the usual ones.
+    """
     is_instruction = task.kind == "instruction"
     rates = {"full": 2e-5, "head": 1e-3}
     return {
@@ -363,7 +363,7 @@ def _logits(output: Any) -> torch.Tensor:
 
 def number_of_blocks(model: nn.Module) -> int | None:
     """Blocks that a LoR2C adapter goes around, None for other methods."""
-    tuner = getattr(model, "base_model", None)
+    tuner: Any = getattr(model, "base_model", None)
     return len(tuner.structure().places) if hasattr(tuner, "num_adapter_parameters") else None
 
 

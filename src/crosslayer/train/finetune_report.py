@@ -53,7 +53,9 @@ class FinetuneReport:
         for entry in self.structure:
             blocks = ", ".join(str(block) for block in entry["blocks"])
             plural = "s" if len(entry["blocks"]) > 1 else ""
-            rows.append((f"step {entry['step']}", f"{entry['action']} block{plural} {blocks}"))
+            is_later = self.best_step is not None and entry["step"] > self.best_step
+            note = " (after the best checkpoint)" if is_later else ""
+            rows.append((f"step {entry['step']}", f"{entry['action']} block{plural} {blocks}{note}"))
         rows.append(("peak memory", f"{self.peak_memory_bytes / 2**20:,.0f} MiB"))
         rows.append(("time", f"{self.seconds:,.0f} s on {plan['device']}"))
         return rows

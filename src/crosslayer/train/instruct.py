@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..errors import ConfigError
@@ -46,7 +45,7 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Pre
 
 
 def sample_answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, count: int = 3, max_new_tokens: int = 64
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, count: int = 3, max_new_tokens: int = 64
 ) -> list[dict[str, str]]:
     """Greedy answers to the first prompts of `rows`: [{"prompt", "answer", "expected"}]."""
     import torch

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
+from transformers import TrainerControl, TrainerState
 
 from ..errors import ConfigError
 
@@ -145,7 +146,12 @@ def attach(
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"method={adapter.method!r}: {' '.join(str(error).split())}") from error
-    return Attached(adapted, [_structure_callback(adapter)] if adapter.method in (*FUSING, *INJECTING) else [])
+    if adapter.method not in (*FUSING, *INJECTING):
+        return Attached(adapted)
+    callback = _structure_callback(adapter)
+    # Looks at the model now, not only when training has begun: counts that it does not allow are wrong input.
+    callback.on_train_begin(None, TrainerState(), TrainerControl(), model=adapted)
+    return Attached(adapted, [callback])
 
 
 def head_parameters(model: nn.Module) -> set[str]:
@@ -161,7 +167,7 @@ def count_trained(model: nn.Module) -> dict[str, int]:
     is_adapter = {name: ".lora_" in name or ".lor2c" in name for name in trained}
     adapter = sum(count for name, count in trained.items() if is_adapter[name])
     base = sum(trained.values()) - head - adapter
-    tuner = getattr(model, "base_model", None)
+    tuner: Any = getattr(model, "base_model", None)
     if hasattr(tuner, "num_adapter_parameters"):
         adapter = tuner.num_adapter_parameters()
     if not adapter and not hasattr(model, "peft_config"):
@@ -171,7 +177,7 @@ def count_trained(model: nn.Module) -> dict[str, int]:
     return {"adapter": adapter, "head": head, "base": base}
 
 
-def _lora_config(model: nn.Module, adapter: AdapterConfig, task_type: str) -> Any:
+def _lora_config(model: Any, adapter: AdapterConfig, task_type: str) -> Any:
     from peft import LoraConfig
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
@@ -187,7 +193,7 @@ def _lora_config(model: nn.Module, adapter: AdapterConfig, task_type: str) -> An
     )
 
 
-def _lor2c_config(model: nn.Module, adapter: AdapterConfig, task_type: str) -> Any:
+def _lor2c_config(model: Any, adapter: AdapterConfig, task_type: str) -> Any:
     from ..lor2c import LoR2CConfig
 
     return LoR2CConfig(
@@ -204,15 +210,14 @@ def _lor2c_config(model: nn.Module, adapter: AdapterConfig, task_type: str) -> A
 def _structure_callback(adapter: AdapterConfig) -> Any:
     from ..lor2c import LoR2CStructureCallback
 
-    def count(given: int | str | None, methods: tuple[str, ...], default: int) -> int | str:
+    def count(given: int | str | None, methods: tuple[str, ...], default: int) -> Any:
         return (default if given is None else given) if adapter.method in methods else 0
 
+    settings: dict[str, Any] = {
+        name: getattr(adapter, name) for name in ("interval", "interval_unit", "criterion", "survivor", "max_span")
+    }
     return LoR2CStructureCallback(
         max_fuses=count(adapter.max_fuses, FUSING, 1),
         max_injections=count(adapter.max_injections, INJECTING, 3),
-        interval=adapter.interval,
-        interval_unit=adapter.interval_unit,
-        criterion=adapter.criterion,
-        survivor=adapter.survivor,
-        max_span=adapter.max_span,
+        **settings,
     )

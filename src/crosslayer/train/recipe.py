@@ -47,8 +47,25 @@ RESERVED_TRAINING_FIELDS = {
 }
 
 
+class _AnyRecipe:
+    """What both kinds of recipe can do."""
+
+    SECTIONS: ClassVar[tuple[str, ...]]
+    """Order in which a bare name is looked up: `seed` is training's, `data.seed` the data's."""
+
+    PLAIN: ClassVar[tuple[str, ...]]
+    """Fields outside the sections, all of them text."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe with every default of its dataclasses spelled out, ready for YAML."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
 @dataclass(kw_only=True)
-class Recipe:
+class Recipe(_AnyRecipe):
     """A parsed recipe to pre-train. Made by `load_recipe`, which checks every field."""
 
     name: str
@@ -58,20 +75,12 @@ class Recipe:
     parameter_groups: ParameterGroups = field(default_factory=ParameterGroups)
     training: dict[str, Any] = field(default_factory=dict)
 
-    SECTIONS: ClassVar = ("training", "model", "data", "parameter_groups")
-    """Order in which a bare name is looked up: `seed` is training's, `data.seed` the data's."""
-    PLAIN: ClassVar = ("name", "description")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe with every default of its dataclasses spelled out, ready for YAML."""
-        return dataclasses.asdict(self)
-
-    def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+    SECTIONS = ("training", "model", "data", "parameter_groups")
+    PLAIN = ("name", "description")
 
 
 @dataclass(kw_only=True)
-class FinetuneRecipe:
+class FinetuneRecipe(_AnyRecipe):
     """A parsed recipe to fine-tune. Made by `load_finetune_recipe`, which checks every field."""
 
     name: str
@@ -81,11 +90,8 @@ class FinetuneRecipe:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     training: dict[str, Any] = field(default_factory=dict)
 
-    SECTIONS: ClassVar = ("training", "adapter", "data")
-    PLAIN: ClassVar = ("name", "description", "model")
-
-    to_dict = Recipe.to_dict
-    save = Recipe.save
+    SECTIONS = ("training", "adapter", "data")
+    PLAIN = ("name", "description", "model")
 
 
 def load_recipe(path: str | Path, overrides: Content | None = None) -> Recipe:
@@ -129,7 +135,7 @@ def build_finetune_recipe(content: Content, overrides: Content | None = None) ->
     return _build(FinetuneRecipe, content, overrides)
 
 
-def _build(kind: type, content: Content, overrides: Content | None) -> Any:
+def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) -> Any:
     problems: list[str] = []
     known = {section: _field_types(kind, section) for section in kind.SECTIONS}
     sections: dict[str, dict[str, Any]] = {section: {} for section in kind.SECTIONS}
@@ -161,11 +167,13 @@ def _build(kind: type, content: Content, overrides: Content | None) -> Any:
         problems.append("model is missing; give a folder or a name on the hub")
     if problems:
         raise ConfigError("; ".join(problems))
-    parts = {section: _OWNERS.get((kind, section), dict)(**sections[section]) for section in kind.SECTIONS}
+    parts: dict[str, Any] = {
+        section: _OWNERS.get((kind, section), dict)(**sections[section]) for section in kind.SECTIONS
+    }
     return kind(**plain, **parts)
 
 
-_OWNERS: dict[tuple[type, str], type] = {
+_OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
     (Recipe, "data"): DataConfig,
     (Recipe, "parameter_groups"): ParameterGroups,
     (FinetuneRecipe, "data"): TaskConfig,
@@ -195,7 +203,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _field_types(kind: type, section: str) -> dict[str, Any]:
+def _field_types(kind: type[_AnyRecipe], section: str) -> dict[str, Any]:
     owner: Any = _OWNERS.get((kind, section))
     if owner is None and section == "model":
         from ..crnet import CRNetConfig

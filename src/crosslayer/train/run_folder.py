@@ -65,8 +65,10 @@ def prepare_output_dir(output_dir: Path, recipe: Any, plan: Any, *, overwrite: b
 
 
 def check_same_run(now: dict[str, Any], earlier: dict[str, Any], sections: Sequence[str], output_dir: Path) -> None:
-    """Raises ConfigError where the given sections of two recipes differ: a run goes on with its own model and data; steps,
-    rates and intervals may change."""
+    """Raises ConfigError where the given sections of two recipes differ.
+
+    A run goes on with its own model and data; steps, rates and intervals may change.
+    """
     changed = [
         f"{section}.{name}={now[section].get(name)!r}, was {earlier[section].get(name)!r}"
         for section in sections
