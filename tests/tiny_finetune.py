@@ -15,7 +15,7 @@ FILLER = ["film", "story", "and", "the", "a", "song", "very", "with"]
 
 
 def sentence(rng: random.Random, words: list[str]) -> str:
-    chosen = rng.choices(FILLER, k=rng.randint(3, 7)) + [rng.choice(words)]
+    chosen = [*rng.choices(FILLER, k=rng.randint(3, 7)), rng.choice(words)]
     rng.shuffle(chosen)
     return " ".join(chosen)
 
@@ -58,7 +58,7 @@ def tiny_tokenizer():
     texts = [row["sentence"] for row in rows_of(200, 3)] + [
         "### Instruction: Judge the sentence. ### Response: good bad"
     ]
-    return train_tokenizer(texts, 400)
+    return train_tokenizer(texts, 400, 128)
 
 
 def write_encoder(folder: Path) -> Path:

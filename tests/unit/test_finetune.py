@@ -37,7 +37,7 @@ def losses(history):
 
 
 def test_files_and_report(finished):
-    recipe, folder, report = finished
+    _, folder, report = finished
     names = ["recipe.yaml", "run.json", "report.json", "report.md", "log.jsonl", "structure.png"]
     for name in [*names, "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json"]:
         assert (folder / name).is_file(), name
@@ -132,7 +132,7 @@ def test_no_other_run_is_touched(finished, root):
     with pytest.raises(CheckpointError, match="already holds a run"):
         finetune(recipe, folder)
     other = tiny_recipe(root, root / "encoder", root / "sst2", method="lora")
-    with pytest.raises(ConfigError, match="adapter.method='lora', was 'imlor2c'"):
+    with pytest.raises(ConfigError, match=r"adapter\.method='lora', was 'imlor2c'"):
         finetune(other, folder, resume=True)
     other = tiny_recipe(root, root / "decoder", root / "sst2", method="imlor2c")
     with pytest.raises(ConfigError, match="model="):

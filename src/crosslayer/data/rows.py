@@ -65,7 +65,14 @@ def find_split(path: Path, split: str) -> Path:
 
 
 def has_split(source: str, split: str) -> bool:
-    """Whether a local folder holds a file of that split."""
+    """Whether a local folder holds a file of that split, or a hub dataset has one. False for a file."""
+    if is_hub(source):
+        import datasets
+
+        try:
+            return split in datasets.get_dataset_split_names(*parse_hub(source))
+        except Exception:  # offline, say: loading it says why
+            return True
     path = Path(source).expanduser()
     return path.is_dir() and any((path / f"{split}{ending}").is_file() for ending in ENDINGS)
 

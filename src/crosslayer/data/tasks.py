@@ -69,7 +69,7 @@ class TaskConfig:
     hf:owner/name[:config]. None = the GLUE task from the hub. For a GLUE task also a folder of task folders."""
 
     validation_data: str | None = None
-    """Another file or hub dataset to validate on. None = the validation split, or a part of the only file."""
+    """Another file or hub dataset to validate on. None = the validation split, or a part of the training rows."""
 
     train_split: str = "train"
     """Name of the training split."""
@@ -78,7 +78,7 @@ class TaskConfig:
     """Name of the validation split. None = validation (validation_matched for mnli)."""
 
     validation_fraction: float = 0.1
-    """Share of the rows that goes to validation when `data` is one file and there is no `validation_data`."""
+    """Share of the rows that goes to validation where own `data` has no validation split and no `validation_data`."""
 
     text_column: str | None = None
     """Own data: column of the text. None = text or sentence."""
@@ -216,16 +216,15 @@ def _load_splits(config: TaskConfig, source: str, glue: GlueTask | None) -> tupl
     if config.validation_split is None and not is_hub(source) and not has_split(source, split):
         split = "validation"  # local copies of mnli that call it so
     train = load_rows(source, config.train_split, cache_dir=cache)
-    is_one_file = not is_hub(source) and Path(source).expanduser().is_file()
     if config.validation_data is not None:
         validation = load_rows(config.validation_data, split, cache_dir=cache)
-    elif is_one_file:
+    elif glue or config.validation_split is not None or has_split(source, split):
+        validation = load_rows(source, split, cache_dir=cache)
+    else:
         if len(train) < 2:
             raise DataError(f"{source}: one row cannot be split into training and validation; give validation_data")
         parts = train.train_test_split(test_size=config.validation_fraction, seed=config.seed)
         train, validation = parts["train"], parts["test"]
-    else:
-        validation = load_rows(source, split, cache_dir=cache)
     if config.max_train_rows is not None and config.max_train_rows < len(train):
         train = train.shuffle(seed=config.seed).select(range(config.max_train_rows))
     if config.max_validation_rows is not None and config.max_validation_rows < len(validation):
