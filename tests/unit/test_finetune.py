@@ -149,11 +149,11 @@ def test_dry_run_writes_nothing(root):
 
 
 def test_regression_and_a_single_file(root):
-    rows = write_rows(root / "scores.jsonl", rows_of(60, 5))
-    recipe = tiny_recipe(root, root / "encoder", rows, task="regression", num_train_epochs=3)
+    rows = write_rows(root / "scores.jsonl", rows_of(120, 5))
+    recipe = tiny_recipe(root, root / "encoder", rows, task="regression", num_train_epochs=6)
     recipe.data.label_column = "score"
     report = finetune(recipe, root / "regression")
-    assert report.plan["validation_rows"] == 6
+    assert report.plan["validation_rows"] == 12
     assert report.after["eval_pearson"] > 0.5
     assert {"eval_pearson", "eval_spearman"} <= report.after.keys()
 
