@@ -158,7 +158,8 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         return self._low_rank(hidden_states, *factors, adapter_name, self.scaling[adapter_name])
 
     def _low_rank(self, x, A: Any, B: Any, adapter_name: str, scaling: float) -> torch.Tensor:
-        x = self._cast_input_dtype(x.to(A.weight.device), A.weight.dtype)
+        # Contiguous: else torch picks its product by requires_grad of A, and a reloaded adapter is 3e-7 off (Whisper).
+        x = self._cast_input_dtype(x.to(A.weight.device), A.weight.dtype).contiguous()
         return B(A(self.lor2c_dropout[adapter_name](x)) * scaling)
 
     def running(self) -> list[str]:
