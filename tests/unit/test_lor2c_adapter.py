@@ -13,13 +13,13 @@ from peft import (
     inject_adapter_in_model,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from crosslayer import LoR2CConfig, LoR2CModel
 from crosslayer.crnet import CRNetForCausalLM
 from crosslayer.errors import CheckpointError, ConfigError
 from crosslayer.lor2c import METHODS, AdaptedBlocks, LoR2CStructureCallback, lor2c_settings
-from lor2c_cases import base_model, crnet_config, inputs_of, move, with_lor2c
+from lor2c_cases import DECODER, base_model, crnet_config, inputs_of, move, with_lor2c
 from tolerances import assert_close, assert_far
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -271,16 +271,15 @@ def test_bf16_autocast_keeps_the_residual_stream_in_float32():
 def test_quantised_base():
     """NF4 weights: integers in packed storage, of which the adapter must take neither shape nor dtype."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    base = base_model("llama")
+    # Its kernels for CPUs want widths that are multiples of 32.
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}
+    base = LlamaForCausalLM(LlamaConfig(**{**DECODER, **wide}))
     for module in list(base.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and name != "lm_head":
-                quantised = bitsandbytes.nn.Linear4bit(
-                    child.in_features, child.out_features, bias=False, quant_type="nf4"
-                )
-                quantised.load_state_dict(child.state_dict())
-                setattr(module, name, quantised)
-    base = base.to("cpu")
+                quantised = bitsandbytes.nn.Linear4bit(*child.weight.T.shape, bias=False, quant_type="nf4")
+                quantised.weight = bitsandbytes.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
+                setattr(module, name, quantised.to("cpu"))
     assert base.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
     model = with_lor2c(base, injectable=True)
     blocks = AdaptedBlocks(model)
