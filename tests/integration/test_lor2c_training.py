@@ -34,6 +34,7 @@ def train(folder, rows_per_device):
         num_train_epochs=3,
         per_device_train_batch_size=rows_per_device,
         train_sampling_strategy="sequential",
+        average_tokens_across_devices=False,  # else the mean over rows is multiplied by the number of processes
         learning_rate=1e-2,
         save_strategy="no",
         report_to=[],
