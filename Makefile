@@ -1,5 +1,6 @@
 # make pretrain    set up everything, pre-train a small CR-Net on real text, show what it learned
 # make test        set up everything, run the whole test-suite
+# make test-peft   set up everything, run PEFT's own test-suite on LoR2C (ARGS="decoder custom" for some of it)
 # make lint types  style and type checks
 #
 # PYTHON=python3.12 make pretrain   picks another interpreter (3.11 or newer)
@@ -12,7 +13,7 @@ READY = $(VENV)/.ready
 RUN = runs/crnet_python_library
 ARGS ?= $(if $(wildcard $(RUN)/run.json),--resume)
 
-.PHONY: pretrain test test-fast lint types check clean
+.PHONY: pretrain test test-fast test-peft lint types check clean
 
 pretrain: $(READY)
 	@echo "== Pre-training a CR-Net on the Python standard library's own text (a few minutes on two CPU cores)"
@@ -24,6 +25,11 @@ test: $(READY)
 
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
+
+test-peft: ARGS =
+test-peft: $(READY)
+	@echo "== Running PEFT's own test-suite on LoR2C"
+	@$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -30,6 +30,14 @@ class LowRankLinear(nn.Module):
         self.B = nn.Linear(rank, out_features, bias=bias)
         self.activation = activation
 
+    @property
+    def in_features(self) -> int:
+        return self.A.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.B.out_features
+
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """act(A x): [..., in] -> [..., r]."""
         low_rank = self.A(x)

@@ -13,6 +13,7 @@ Which of these a block is stands in an integer buffer, so that it is saved and l
 """
 
 import threading
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -34,10 +35,11 @@ class _HandedOn(threading.local):
     """Tensors on their way through fused modules; one per thread, as torch.nn.DataParallel has a replica in each."""
 
     def __init__(self) -> None:
-        self.tensors: dict[tuple[Any, str], torch.Tensor] = {}
+        self.tensors: dict[tuple[int, str], torch.Tensor] = {}
 
 
 _handed_on = _HandedOn()
+_numbers = count()
 
 
 class LoR2CLayer(nn.Module, BaseTunerLayer):
@@ -158,7 +160,8 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         return self._low_rank(hidden_states, *factors, adapter_name, self.scaling[adapter_name])
 
     def _low_rank(self, x, A: Any, B: Any, adapter_name: str, scaling: float) -> torch.Tensor:
-        x = self._cast_input_dtype(x.to(A.weight.device), A.weight.dtype)
+        # Contiguous: else torch picks its product by requires_grad of A, and a reloaded adapter is 3e-7 off (Whisper).
+        x = self._cast_input_dtype(x.to(A.weight.device), A.weight.dtype).contiguous()
         return B(A(self.lor2c_dropout[adapter_name](x)) * scaling)
 
     def running(self) -> list[str]:
@@ -265,7 +268,7 @@ class Stack:
 
     def __init__(self, layers: dict[int, LoR2CLayer]) -> None:
         self.layers = layers
-        self.token = object()
+        self.token = next(_numbers)
 
     def hand_on(self, adapter_name: str, tensor: torch.Tensor) -> None:
         _handed_on.tensors[self.token, adapter_name] = tensor

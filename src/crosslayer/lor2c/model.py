@@ -25,7 +25,7 @@ from .structure import Criterion, Structure, Survivor
 
 QUERY_NAMES = ("q_proj", "query", "query_proj", "q", "q_lin", "q_a_proj", "to_q")
 VALUE_NAMES = ("v_proj", "value", "value_proj", "v", "v_lin", "kv_a_proj_with_mqa", "to_v")
-FUSED_NAMES = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj")  # one linear for all three
+FUSED_NAMES = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv")  # one linear for all three
 LISTED = 12  # names that a message lists at most
 
 
