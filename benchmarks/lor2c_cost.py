@@ -4,14 +4,16 @@
 
 Whole training steps (forward, backward, AdamW) on random tokens; after a warm-up the methods take turns step by step,
 so that a busy machine slows both alike. Time: median, 20th and 80th percentile of the steps, and the median of the
-ratios of neighbouring steps. Memory: the largest sum of live tensor bytes during a step (parameters, gradients,
-activations, optimizer), counted by torch's MemTracker, so that it repeats exactly.
+ratios of neighbouring steps. Memory: what a forward saves for its backward, counted, and the growth of the resident
+set over five steps, each method in a process of its own.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -55,34 +57,66 @@ def step(model, optimizer, inputs) -> None:
     optimizer.zero_grad()
 
 
-def peak_bytes(model, optimizer, inputs) -> int:
-    """Peak of live tensor bytes over one step, the optimizer's state included."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    step(model, optimizer, inputs)  # the optimizer makes its state
-    tracker = MemTracker()
-    tracker.track_external(model, optimizer, *inputs.values())
-    with tracker:
-        step(model, optimizer, inputs)
-    return sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
-
-
-def measure(name: str, folder: Path | None, batch: int, length: int, steps: int) -> dict:
+def saved_bytes(model, inputs) -> int:
+    """Bytes that a forward keeps for its backward: every storage once, parameters not counted."""
     import torch
 
-    contenders = {method: contender(name, method, folder) for method in METHODS}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # so that no address is used twice
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**inputs)
+    return sum(kept.values())
+
+
+def peak_rss_above_model(name: str, method: str, options) -> int:
+    """Growth of the largest resident set over five steps in a process of its own, the model already loaded."""
+    command = [sys.executable, __file__, "--one", name, method, "--batch", str(options.batch)]
+    command += ["--length", str(options.length), *(["--model", str(options.model)] if options.model else [])]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def one_process(name: str, method: str, options) -> None:
+    import resource
+
+    def resident() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    model, optimizer = contender(name, method, options.model)
+    before = resident()
+    for _ in range(5):
+        step(model, optimizer, make_inputs(options.batch, options.length))
+    print(resident() - before)
+
+
+def make_inputs(batch: int, length: int) -> dict:
+    import torch
+
     ids = torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch) % 2}
-    memory = {method: peak_bytes(*parts, inputs) for method, parts in contenders.items()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch) % 2}
+
+
+def measure(name: str, options) -> dict:
+    contenders = {method: contender(name, method, options.model) for method in METHODS}
+    inputs = make_inputs(options.batch, options.length)
+    saved = {method: saved_bytes(model, inputs) for method, (model, _) in contenders.items()}
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    for turn in range(steps + 2):
+    for turn in range(options.steps + 2):
         for method in METHODS if turn % 2 else METHODS[::-1]:
             started = time.process_time()
             step(*contenders[method], inputs)
             if turn >= 2:
                 seconds[method].append(time.process_time() - started)
     ratios = [a / b for a, b in zip(seconds["lor2c"], seconds["lora"], strict=True)]
-    row = {"model": name, "batch": batch, "length": length, "steps": steps}
+    row = {"model": name, "batch": options.batch, "length": options.length, "steps": options.steps}
     for method, (model, _) in contenders.items():
         times = sorted(seconds[method])
         row[method] = {
@@ -90,10 +124,12 @@ def measure(name: str, folder: Path | None, batch: int, length: int, steps: int)
             "step_cpu_s": statistics.median(times),
             "step_cpu_s_p20": times[len(times) // 5],
             "step_cpu_s_p80": times[-1 - len(times) // 5],
-            "peak_memory_bytes": memory[method],
+            "saved_activation_bytes": saved[method],
+            "peak_rss_above_model_bytes": peak_rss_above_model(name, method, options),
         }
     row["time_ratio"] = statistics.median(ratios)
-    row["memory_ratio"] = memory["lor2c"] / memory["lora"]
+    for memory in ("saved_activation_bytes", "peak_rss_above_model_bytes"):
+        row[f"{memory.removesuffix('_bytes')}_ratio"] = row["lor2c"][memory] / row["lora"][memory]
     return row
 
 
@@ -103,6 +139,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lor2c_cost.json")
     options = parser.parse_args()
     if options.model is not None and not (options.model / "config.json").is_file():
@@ -114,21 +151,28 @@ def main() -> None:
 
     torch.set_num_threads(1)
     quiet_libraries()
+    if options.one is not None:
+        one_process(*options.one, options)
+        return
     names = ["llama"] if options.model is None else ["minilm", "llama"]
-    rows = [measure(name, options.model, options.batch, options.length, options.steps) for name in names]
+    rows = [measure(name, options) for name in names]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/lor2c_cost.py --model FOLDER"
     write_json(options.out, {"run": {**describe_run(), "command": command}, "rows": rows})
-    print("| model | method | trained parameters | CPU seconds a step (p20 to p80) | peak memory, MiB |")
-    print("|---|---|---|---|---|")
+    print(
+        "| model | method | trained parameters | CPU seconds a step (p20 to p80) | saved, MiB | peak RSS above the "
+        "model, MiB |"
+    )
+    print("|---|---|---|---|---|---|")
     for row in rows:
         for method in METHODS:
             r = row[method]
+            saved, peak = (r[key] / 2**20 for key in ("saved_activation_bytes", "peak_rss_above_model_bytes"))
             print(
                 f"| {row['model']} | {method} | {r['trained_parameters']:,} | {r['step_cpu_s']:.3f} "
-                f"({r['step_cpu_s_p20']:.3f} to {r['step_cpu_s_p80']:.3f}) | {r['peak_memory_bytes'] / 2**20:.1f} |"
+                f"({r['step_cpu_s_p20']:.3f} to {r['step_cpu_s_p80']:.3f}) | {saved:.1f} | {peak:.1f} |"
             )
-        print(json.dumps({name: row[name] for name in ("model", "time_ratio", "memory_ratio")}))
+        print(json.dumps({name: value for name, value in row.items() if name == "model" or name.endswith("_ratio")}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .trainer import SafeTrainer, training_arguments
 
 try:
@@ -33,8 +33,25 @@ def instruction_arguments(settings: dict[str, Any], max_length: int, output_dir:
     """SFTConfig with the defaults of transformers where TRL has others (bf16, gradient checkpointing)."""
     settings = dict(settings)
     settings.setdefault("bf16", False)
-    settings["gradient_checkpointing"] = bool(settings.pop("activation_checkpointing", False))
+    settings.setdefault("activation_checkpointing", False)
     return training_arguments(SFTConfig, {**settings, "max_length": max_length}, output_dir)
+
+
+def check_answers_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Raises DataError when no prompt leaves room for an answer: SFTTrainer would drop every row."""
+    prompts = (_as_text(row["prompt"], with_chat_template(tokenizer, rows)) for row in rows)
+    shortest = min(len(tokenizer(prompt).input_ids) for prompt in prompts)
+    if shortest >= max_length:
+        raise DataError(
+            f"the shortest prompt has {shortest} tokens and max_length={max_length} cuts every answer away; raise "
+            "max_length"
+        )
+
+
+def _as_text(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> PreTrainedTokenizerBase:
@@ -53,9 +70,8 @@ def sample_answers(
     model.eval()
     samples = []
     for row in rows.select(range(min(count, len(rows)))):
-        prompt, expected = row["prompt"], row["completion"]
-        if not isinstance(prompt, str):
-            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        prompt, expected = _as_text(row["prompt"], tokenizer), row["completion"]
+        if not isinstance(expected, str):
             expected = expected[-1]["content"]
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(next(model.parameters()).device)
         with torch.no_grad():
