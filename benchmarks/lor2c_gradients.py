@@ -15,11 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def run(method: str, options, callbacks: list) -> dict[str, float]:
     """Trains with the callbacks; what the evaluation at the end measured."""
-    from transformers import set_seed
-
-    from crosslayer.data import load_task
-    from crosslayer.train import attach, build_finetune_recipe
-    from crosslayer.train.finetune import build_arguments, load_base, make_trainer
+    from crosslayer.train import build_finetune_recipe
+    from crosslayer.train.finetune import train_once
 
     recipe = build_finetune_recipe(
         {
@@ -42,15 +39,7 @@ def run(method: str, options, callbacks: list) -> dict[str, float]:
             },
         }
     )
-    task = load_task(recipe.data)
-    set_seed(options.seed)
-    base, tokenizer = load_base(recipe.model, task, recipe.adapter)
-    attached = attach(base, recipe.adapter, task.kind)
-    attached.callbacks += callbacks
-    trainer = make_trainer(recipe, task, attached, tokenizer, build_arguments(recipe, task, Path("runs/unused")))
-    trainer.train()
-    metrics = trainer.evaluate()
-    return {metric: metrics[f"eval_{metric}"] for metric in (*task.metrics, "loss")}
+    return train_once(recipe, callbacks).metrics
 
 
 def main() -> None:

@@ -17,15 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 MOST = 6
 
 
-def run_cell(fuses, injections, options, number_of_threads: int = 1) -> dict:
-    import torch
-
-    torch.set_num_threads(number_of_threads)
-    from transformers import set_seed
-
-    from crosslayer.data import load_task
-    from crosslayer.train import attach, build_finetune_recipe
-    from crosslayer.train.finetune import build_arguments, load_base, make_trainer
+def run_cell(fuses: int | str, injections: int | str, options) -> dict:
+    from crosslayer.train import build_finetune_recipe
+    from crosslayer.train.finetune import train_once
     from crosslayer.train.methods import count_trained
 
     recipe = build_finetune_recipe(
@@ -54,22 +48,16 @@ def run_cell(fuses, injections, options, number_of_threads: int = 1) -> dict:
             },
         }
     )
-    task = load_task(recipe.data)
-    set_seed(options.seed)
-    base, tokenizer = load_base(recipe.model, task, recipe.adapter)
-    attached = attach(base, recipe.adapter, task.kind)
-    trainer = make_trainer(recipe, task, attached, tokenizer, build_arguments(recipe, task, Path("runs/unused")))
-    trainer.train()
-    metrics = trainer.evaluate()
-    done = [entry["action"] for entry in attached.history]
+    measured = train_once(recipe)
+    history = measured.attached.history
+    done = [entry["action"] for entry in history]
     return {
         "fuses": fuses,
         "injections": injections,
         "done": {"fuses": done.count("fuse"), "injections": done.count("inject")},
-        "metrics": {metric: metrics[f"eval_{metric}"] for metric in task.metrics},
-        "loss": metrics["eval_loss"],
-        "adapter_parameters": count_trained(attached.model)["adapter"],
-        "structure": [{name: entry[name] for name in ("step", "action", "blocks")} for entry in attached.history],
+        "metrics": measured.metrics,
+        "adapter_parameters": count_trained(measured.attached.model)["adapter"],
+        "structure": [{name: entry[name] for name in ("step", "action", "blocks")} for entry in history],
     }
 
 

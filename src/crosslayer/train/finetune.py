@@ -7,15 +7,23 @@ output_dir/
 """
 
 import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..data.tasks import Task, load_task, tokenize
 from ..errors import CheckpointError, ConfigError, TrainingError
@@ -34,9 +42,6 @@ from .run_folder import (
     write_json,
 )
 from .trainer import SafeTrainer, describe_device, last_complete_checkpoint, training_arguments
-
-if TYPE_CHECKING:
-    pass
 
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 
@@ -164,6 +169,35 @@ def _train(
             f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"
         ) from error
     return report
+
+
+@dataclass
+class Measured:
+    """What `train_once` measured."""
+
+    attached: Attached
+    metrics: dict[str, float]
+    """The task's metrics (the deciding one first) and the loss, after the last step."""
+    steps: int
+
+
+def train_once(recipe: FinetuneRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Measured:
+    """Train and evaluate without a run folder, for benchmarks and sweeps: nothing is kept but what is returned.
+
+    The recipe should have `eval_strategy: no`, so that nothing is chosen on the validation rows.
+    """
+    task = load_task(recipe.data)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = build_arguments(recipe, task, Path(folder))
+        set_seed(arguments.seed)
+        model, tokenizer = load_base(recipe.model, task, recipe.adapter)
+        attached = attach(model, recipe.adapter, task.kind)
+        attached.callbacks += callbacks
+        trainer = make_trainer(recipe, task, attached, tokenizer, arguments)
+        trainer.train()
+        metrics = trainer.evaluate()
+    named = dict.fromkeys([*task.metrics, "loss"])
+    return Measured(attached, {name: metrics[f"eval_{name}"] for name in named}, trainer.state.global_step)
 
 
 # ---------------------------------------------------------------------------------------------------- building
