@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crosslayer.analysis import measure_saved_activations
-from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetModel, hand_written_layer, memory_policies
+from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetModel, hand_written_parts, memory_policies
 from model_cases import SHAPE, tokens
 
 D = 128  # heads of 64, an MLP of 2.69 D and rank D / 4, as in models of the usual sizes
@@ -77,9 +77,9 @@ def test_whole_layer_checkpointing_keeps_the_hidden_states():
 
 def test_bars_can_fail(monkeypatch):
     """q and k held instead of rotated again; low-rank outputs held without need."""
-    init = hand_written_layer.AttentionRun.__init__
+    init = hand_written_parts.AttentionRun.__init__
 
-    def hoarding(run, attention, Y, call, dtype):
+    def hoarding(run, attention, Y, call, dtype, waits):
         heads = attention.heads
 
         def new_heads(*arguments):
@@ -88,13 +88,13 @@ def test_bars_can_fail(monkeypatch):
         attention.heads = lambda *arguments: tuple(run.hoard.setdefault("heads", new_heads(*arguments)))
         run.hoard = {}
         try:
-            init(run, attention, Y, call, dtype)
+            init(run, attention, Y, call, dtype, waits)
         finally:
             del attention.heads
         run.held.extend(run.hoard["heads"])
 
     with monkeypatch.context() as patch:
-        patch.setattr(hand_written_layer.AttentionRun, "__init__", hoarding)
+        patch.setattr(hand_written_parts.AttentionRun, "__init__", hoarding)
         assert growth(policy="none") > 14.5
     for name, policy in memory_policies.POLICIES.items():
         hoarder = replace(policy, keeps_low_rank=True, keeps_attention=True)

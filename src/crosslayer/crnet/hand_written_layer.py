@@ -8,15 +8,13 @@
 
     inversion   Y_{l-1} = (Y_l - T B) / b     h_{l-1} = h_l - Y_down - Y_o        (arXiv 2509.18993, Algorithm 1)
 
-The products and the carried sums are written out. Norms, attention and the gate are asked of the layer's own modules,
-under a small autograd graph each, so that any attention implementation and any activation give their own gradients.
+Here are the products and the carried sums; norms, attention and the gate are in hand_written_parts.py.
 
 A flat file that imports only torch and its neighbours, so that a saved checkpoint can carry it. Letters: [B, T, D]
 batch, tokens, hidden size; F the output width of a position, r the rank; h hidden states, Y outputs of the linears.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,12 +24,10 @@ from torch import nn
 
 from .configuration_crnet import POSITIONS
 from .cross_layer_linear import CrossLayerLinear, LowRankLinear
+from .hand_written_parts import AttentionRun, Call, Gate, Norm, Outputs
 
 NAME_OF = {p: f"{'self_attn' if p in ('q', 'k', 'v', 'o') else 'mlp'}.{p}_proj" for p in POSITIONS}
 """Where the linear of a position lies within a layer."""
-
-Outputs = dict[str, torch.Tensor]
-"""Y of each position, [B, T, F]."""
 
 
 @dataclass
@@ -57,34 +53,12 @@ class Kept:
     """What a layer's forward leaves for its backward, beside states: the policy decides."""
 
     low_rank: Outputs | None = None  # U = X A of each position, [B, T, r]
-    attention: "AttentionRun | None" = None
+    attention: AttentionRun | None = None
     random_state: list[torch.Tensor] | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         attention = self.attention.tensors() if self.attention is not None else []
         return [*(self.low_rank or {}).values(), *attention, *(self.random_state or [])]
-
-
-@dataclass
-class Call:
-    """What the layers of one forward have in common: the arguments of a layer, and autocast as it was then."""
-
-    arguments: dict  # attention_mask, position_embeddings, ...: keyword arguments of a decoder layer
-    device_type: str
-    autocast_dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        if torch.is_autocast_enabled(self.device_type):
-            self.autocast_dtype = torch.get_autocast_dtype(self.device_type)
-
-    @property
-    def attention_arguments(self) -> dict:
-        own = ("position_embeddings", "past_key_values")
-        return {name: value for name, value in self.arguments.items() if name not in own}
-
-    def autocast(self) -> AbstractContextManager:
-        """The forward's autocast, for what the backward runs again."""
-        return torch.autocast(self.device_type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
 
 class Product:
@@ -150,8 +124,10 @@ class Product:
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return nn.functional.linear(T, self.weight.to(self.dtype), bias)
 
-    def backward(self, G: torch.Tensor, x: torch.Tensor, U: torch.Tensor | None, wanted: set[str]):
-        """G = dY_l [B, T, F] -> (dX [B, T, in] in x's dtype, gradients of the wanted parameters by name)."""
+    def backward(
+        self, G: torch.Tensor, x: torch.Tensor, U: torch.Tensor | None, dx: torch.Tensor, add: bool, wanted: set[str]
+    ) -> dict[str, torch.Tensor]:
+        """G = dY_l [B, T, F] -> gradients of the wanted parameters by name; dX [B, T, in] into, or added to, `dx`."""
         gradients: dict[str, torch.Tensor] = {}
         rows = G.reshape(-1, G.shape[-1]).to(self.dtype)
         if f"{self.last_name}.weight" in wanted:
@@ -159,87 +135,24 @@ class Product:
             gradients[f"{self.last_name}.weight"] = rows.t() @ T.reshape(-1, T.shape[-1])  # dB = T^T G
         if f"{self.last_name}.bias" in wanted:
             gradients[f"{self.last_name}.bias"] = G.reshape(-1, G.shape[-1]).sum(0)
-        d_rows = rows @ self.weight.to(self.dtype)  # dT = G B^T
+        weight = self.weight.to(self.dtype)
         if self.A is not None:
             assert U is not None
+            rows = rows @ weight  # dT = G B^T
             if self.activation == "silu":
-                d_rows = torch.ops.aten.silu_backward(d_rows, U.reshape(d_rows.shape))
+                rows = torch.ops.aten.silu_backward(rows, U.reshape(rows.shape))
             if f"{self.name}.A.weight" in wanted:
                 x_rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-                gradients[f"{self.name}.A.weight"] = d_rows.t() @ x_rows  # dA = X^T dU
-            d_rows = d_rows @ self.A.to(self.dtype)  # dX = dU A^T
-        return d_rows.view(x.shape).to(x.dtype), gradients
-
-
-class LocalGraph:
-    """outputs = function(*inputs) with an autograd graph of its own, cut off from the one outside."""
-
-    def __init__(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
-        # With gradients on in the forward too, which needs none of them: kernels may be chosen by it.
-        with torch.enable_grad():
-            self.leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-            self.graphed = function(*self.leaves)
-        self.output = self.graphed.detach()
-
-    def gradients(
-        self, d_output: torch.Tensor, parameters: Iterable[torch.Tensor] = (), keep_graph: bool = False
-    ) -> tuple[torch.Tensor, ...]:
-        """Gradients of the inputs, then of the parameters."""
-        wanted = [*self.leaves, *parameters]
-        return torch.autograd.grad(self.graphed, wanted, d_output.to(self.graphed.dtype), retain_graph=keep_graph)
-
-
-class AttentionRun(LocalGraph):
-    """The attention core from Y_q, Y_k, Y_v. Its graph may wait for the backward without holding q, k and v.
-
-    Of what an attention implementation saves, the rotated q, k and v are made again from the Y they came from; only
-    the rest is held (its output and its sums over the keys, 1h per token, where the implementation is a fused one).
-    """
-
-    def __init__(self, attention: Any, Y: Outputs, call: Call, dtype: torch.dtype) -> None:
-        # The hooks below live in the graph, so they must not know the run, which holds it.
-        self.held: list[torch.Tensor] = []
-        self.rebuilt: list[torch.Tensor] = []
-        leaves_of_graph: list[torch.Tensor] = []
-        known: list[tuple] = []
-        held, rebuilt = self.held, self.rebuilt
-
-        def identity(tensor):
-            return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-        def heads(*leaves):
-            return attention.heads(*leaves, dtype, call.arguments["position_embeddings"])
-
-        def pack(tensor):
-            if identity(tensor) in known:
-                return known.index(identity(tensor))
-            held.append(tensor.detach())  # the graph must not hold a tensor that holds the graph
-            return held[-1]
-
-        def unpack(packed):
-            if not isinstance(packed, int):
-                return packed
-            if not rebuilt:
-                with torch.no_grad():
-                    rebuilt.extend(heads(*leaves_of_graph))
-            return rebuilt[packed]
-
-        def attend(*leaves):
-            leaves_of_graph.extend(leaves)
-            query_key_value = heads(*leaves)
-            known.extend(identity(tensor) for tensor in query_key_value)
-            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-                return attention.attend(*query_key_value, **call.attention_arguments)[0]
-
-        super().__init__(attend, Y["q"], Y["k"], Y["v"])
-
-    def gradients(self, d_output, parameters=(), keep_graph=False):
-        gradients = super().gradients(d_output, parameters, keep_graph)
-        self.rebuilt.clear()
+                gradients[f"{self.name}.A.weight"] = rows.t() @ x_rows  # dA = X^T dU
+            weight = self.A.to(self.dtype)
+        d_rows = dx.view(-1, dx.shape[-1])
+        if d_rows.dtype == self.dtype:
+            d_rows.addmm_(rows, weight, beta=float(add))  # dX = dU A^T
+        elif add:
+            d_rows.add_(rows @ weight)
+        else:
+            d_rows.copy_(rows @ weight)
         return gradients
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [*self.held, self.output]
 
 
 class HandWrittenLayer:
@@ -261,13 +174,18 @@ class HandWrittenLayer:
 
     # Forward
 
-    def forward(self, h: torch.Tensor, previous: Outputs | None, in_place: bool) -> tuple[State, AttentionRun]:
-        """(h_{l-1}, Y_{l-1}) -> (h_l, Y_l); the low-rank outputs stay in `self.U`."""
+    def forward(
+        self, h: torch.Tensor, previous: Outputs | None, in_place: bool, waits: bool
+    ) -> tuple[State, AttentionRun]:
+        """(h_{l-1}, Y_{l-1}) -> (h_l, Y_l); the low-rank outputs stay in `self.U`.
+
+        `in_place`: Y_l may be written over Y_{l-1}; `waits`: the attention is for the backward too.
+        """
         Y: Outputs = {}
         x = self.normed("input_layernorm", h).output
         for position in ("q", "k", "v"):
             Y[position] = self._advance(position, x, h.dtype, previous, in_place)
-        attention = self.attend(Y, x.dtype)
+        attention = self.attend(Y, x.dtype, waits)
         Y["o"] = self._advance("o", attention.output, h.dtype, previous, in_place)
         h_mid = h + Y["o"]
 
@@ -286,17 +204,16 @@ class HandWrittenLayer:
         below = previous[position] if previous is not None else None
         return product.advance(below, product.inner(x, U), dtype, in_place)
 
-    def normed(self, name: str, h: torch.Tensor) -> LocalGraph:
-        with self.call.autocast():
-            return LocalGraph(getattr(self.layer, name), h)
+    def normed(self, name: str, h: torch.Tensor) -> Norm:
+        return Norm(name, getattr(self.layer, name), h, self.call.scratch)
 
-    def attend(self, Y: Outputs, dtype: torch.dtype) -> AttentionRun:
+    def attend(self, Y: Outputs, dtype: torch.dtype, waits: bool) -> AttentionRun:
         with self.call.autocast():
-            return AttentionRun(self.layer.self_attn, Y, self.call, dtype)
+            return AttentionRun(self.layer.self_attn, Y, self.call, dtype, waits)
 
-    def gate(self, Y: Outputs, dtype: torch.dtype) -> LocalGraph:
+    def gate(self, Y: Outputs, dtype: torch.dtype) -> Gate:
         with self.call.autocast():
-            return LocalGraph(lambda gate, up: self.layer.mlp.gated(gate, up, dtype), Y["gate"], Y["up"])
+            return Gate(self.layer.mlp, Y, dtype, self.call.scratch)
 
     def replay(self, state: State, low_rank: Outputs) -> State:
         """The forward's additions once more, from the low-rank outputs: equal to the last bit."""
@@ -315,49 +232,58 @@ class HandWrittenLayer:
         return self._backward_attention(step, d_mid)
 
     def _backward_mlp(self, step: "BackwardStep") -> torch.Tensor:
-        normed = self.normed("post_attention_layernorm", step.h_below + step.Y["o"])
+        scratch = self.call.scratch
+        h_mid = torch.add(step.h_below, step.Y["o"], out=scratch.get("h_mid", step.d_h.shape, step.d_h))
+        normed = self.normed("post_attention_layernorm", h_mid)
         x = normed.output
         gate = self.gate(step.Y, x.dtype)
-        G = step.total_gradient("down", step.d_h)
-        d_gated = self._backward_product("down", G, gate.output, step)
+        d_gated = scratch.get("d_gated", gate.output.shape, gate.output)
+        self._backward_product("down", step.d_h, gate.output, d_gated, step)
         d_gate, d_up = gate.gradients(d_gated)
-        del gate, d_gated
-        dx = self._backward_product("gate", step.total_gradient("gate", d_gate), x, step)
-        del d_gate
-        dx = dx.add_(self._backward_product("up", step.total_gradient("up", d_up), x, step))
-        return step.d_h + self._backward_norm("post_attention_layernorm", normed, dx, step)
+        dx = scratch.get("dx", x.shape, x)
+        self._backward_product("gate", d_gate, x, dx, step)
+        self._backward_product("up", d_up, x, dx, step, add=True)
+        d_mid = scratch.get("d_mid", step.d_h.shape, step.d_h)
+        return self._backward_norm("post_attention_layernorm", normed, dx, step.d_h, step, out=d_mid)
 
     def _backward_attention(self, step: "BackwardStep", d_mid: torch.Tensor) -> torch.Tensor:
+        scratch = self.call.scratch
         normed = self.normed("input_layernorm", step.h_below)
         x = normed.output
         attention = step.attention if step.attention is not None else step.attend_again(self, x.dtype)
-        d_attended = self._backward_product("o", step.total_gradient("o", d_mid), attention.output, step)
+        d_attended = scratch.get("d_attended", attention.output.shape, attention.output)
+        self._backward_product("o", d_mid, attention.output, d_attended, step)
         d_heads = attention.gradients(d_attended, keep_graph=step.keep_graph)
-        del attention, d_attended
-        dx = None
+        del attention
+        dx = scratch.get("dx", x.shape, x)
         for position, d_head in zip(("q", "k", "v"), d_heads, strict=True):
-            d = self._backward_product(position, step.total_gradient(position, d_head), x, step)
-            dx = d if dx is None else dx.add_(d)
-        return d_mid + self._backward_norm("input_layernorm", normed, dx, step)
+            self._backward_product(position, d_head, x, dx, step, add=position != "q")
+        return self._backward_norm("input_layernorm", normed, dx, d_mid, step)
 
-    def _backward_product(self, position: str, G: torch.Tensor, x: torch.Tensor, step: "BackwardStep"):
-        """G = d Y_l of one position -> d X; from here on Y_l is no longer needed and may become Y_{l-1}."""
+    def _backward_product(
+        self,
+        position: str,
+        d_Y: torch.Tensor,
+        x: torch.Tensor,
+        dx: torch.Tensor,
+        step: "BackwardStep",
+        add: bool = False,
+    ) -> None:
+        """d Y_l of one position -> d X into, or added to, `dx`; from here on Y_l may have become Y_{l-1}."""
         product = self.products[position]
+        G = step.total_gradient(position, d_Y)
         U = self.U[position] if position in self.U else product.low_rank(x)
-        dx, gradients = product.backward(G, x, U, step.wanted)
-        step.gradients.update(gradients)
+        step.gradients.update(product.backward(G, x, U, dx, add, step.wanted))
         if product.b is not None:
             previous = step.output_below(position, product, lambda: product.inner(x, U))
             if f"{product.name}.beta" in step.wanted:  # db = <G, Y_{l-1}>, and db/dbeta = 1
                 step.gradients[f"{product.name}.beta"] = torch.dot(G.view(-1), previous.reshape(-1)).view(1)
-        return dx
 
-    def _backward_norm(self, name: str, normed: LocalGraph, dx, step: "BackwardStep") -> torch.Tensor:
-        weights = {f"{name}.{key}": p for key, p in getattr(self.layer, name).named_parameters()}
-        weights = {key: parameter for key, parameter in weights.items() if key in step.wanted}
-        d_h, *d_weights = normed.gradients(dx, weights.values())
-        step.gradients.update(zip(weights, d_weights, strict=True))
-        return d_h
+    def _backward_norm(self, name: str, normed: Norm, dx, d_h, step: "BackwardStep", out=None) -> torch.Tensor:
+        d_below, d_weight = normed.gradients(dx, d_h, out)
+        if f"{name}.weight" in step.wanted:
+            step.gradients[f"{name}.weight"] = d_weight
+        return d_below
 
     # The recurrence backwards, without gradients
 
@@ -463,7 +389,6 @@ __all__ = [
     "Call",
     "HandWrittenLayer",
     "Kept",
-    "LocalGraph",
     "State",
     "can_be_hand_written",
     "relative_difference",

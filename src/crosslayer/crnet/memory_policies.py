@@ -241,7 +241,10 @@ class Tape:
         layer = HandWrittenLayer(self.layers[index], self.call, self.b[index])
         random_state = get_random_state(h) if self._draws_random_numbers(index) else None
         previous = self.live.Y if self.live is not None else None
-        state, attention = layer.forward(h, previous, in_place=(index - 1) not in self.states)
+        in_place = (index - 1) not in self.states
+        state, attention = layer.forward(h, previous, in_place, waits=self.policy.keeps_attention)
+        if index == len(self.layers) - 1:
+            self.call.scratch.clear()  # what comes next, the logits, is where memory peaks
         self.kept[index] = Kept(
             layer.U if self.policy.keeps_low_rank else None,
             attention if self.policy.keeps_attention else None,
@@ -321,7 +324,7 @@ class Tape:
 
     def _attend_again(self, layer: HandWrittenLayer, Y: dict, dtype: torch.dtype, kept: Kept):
         with restored_random_state(kept.random_state, next(iter(Y.values()))):
-            return layer.attend(Y, dtype)
+            return layer.attend(Y, dtype, waits=False)
 
     def _state_below(self, index: int) -> State | None:
         """S_{index - 1} where it is kept, or replayed from a kept one; None where it has to be inverted."""

@@ -149,11 +149,12 @@ class CRNetAttention(nn.Module):
         y_v: torch.Tensor,
         dtype: torch.dtype,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        rotate: Callable = apply_rotary_pos_emb,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Y_q, Y_k, Y_v -> queries [B, heads, T, head_dim], keys and values [B, key-value heads, T, head_dim]."""
         head_shape = (*y_q.shape[:-1], -1, self.head_dim)
         query, key, value = (y.to(dtype).view(head_shape).transpose(1, 2) for y in (y_q, y_k, y_v))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = rotate(query, key, *position_embeddings)
         return query, key, value
 
     def attend(
