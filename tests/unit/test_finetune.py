@@ -175,7 +175,7 @@ def test_instructions_on_a_crnet(root):
     assert not (root / "instruct").exists()
     recipe.data.max_length = 128
     report = finetune(recipe, root / "instruct")
-    assert report.after["eval_loss"] < 0.5 * report.before["eval_loss"]
+    assert report.after["eval_loss"] < 0.95 * report.before["eval_loss"]
     assert len(report.samples) == 3
     assert report.samples[0]["prompt"].startswith("### Instruction:\nJudge the sentence.\n\n### Input:\n")
     base = AutoModelForCausalLM.from_pretrained(root / "decoder")

@@ -93,11 +93,11 @@ def finetune(
     arguments = build_arguments(recipe, task, output_dir)
     set_seed(arguments.seed)
     model, tokenizer = load_base(recipe.model, task, recipe.adapter)
+    attached = attach(model, recipe.adapter, task.kind)
     if task.kind == "instruction":
         from .instruct import check_answers_fit
 
         check_answers_fit(task.train, tokenizer, recipe.data.max_length)
-    attached = attach(model, recipe.adapter, task.kind)
     plan = make_plan(recipe, task, attached.model, arguments)
     if is_main_process():
         show_plan(plan)
