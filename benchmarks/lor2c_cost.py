@@ -5,7 +5,7 @@
 Whole training steps (forward, backward, AdamW) on random tokens; after a warm-up the methods take turns step by step,
 so that a busy machine slows both alike. Time: median, 20th and 80th percentile of the steps, and the median of the
 ratios of neighbouring steps. Memory: what a forward saves for its backward, counted, and the growth of the resident
-set over five steps, each method in a process of its own.
+set over five steps, each method in a process of its own (Linux).
 """
 
 import argparse
@@ -85,16 +85,18 @@ def peak_rss_above_model(name: str, method: str, options) -> int:
 
 
 def one_process(name: str, method: str, options) -> None:
-    import resource
-
-    def resident() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     model, optimizer = contender(name, method, options.model)
-    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew, without that of loading
+    before = resident_peak()
     for _ in range(5):
         step(model, optimizer, make_inputs(options.batch, options.length))
-    print(resident() - before)
+    print(resident_peak() - before)
+
+
+def resident_peak() -> int:
+    """VmHWM of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def make_inputs(batch: int, length: int) -> dict:
