@@ -50,7 +50,7 @@ METHODS = {
     "full": {"method": "full"},
     "head": {"method": "head"},
 }
-RATES = {"full": (3e-5, 1.2e-4, 4.8e-4), "head": (1e-3, 4e-3, 1.6e-2)}
+RATES = {"full": (3e-5, 1.2e-4, 4.8e-4), "head": (4e-3, 1.6e-2, 6.4e-2)}
 ADAPTER_RATES = (5e-4, 2e-3, 8e-3)
 
 
@@ -281,8 +281,8 @@ def main() -> None:
     results = Results(options.out)
     if options.table:
         tuning = [run for run in results.runs if run["seed"] == TUNING_SEED]
-        finals = [run for run in results.runs if run["seed"] != TUNING_SEED]
         rates = {run["method"]: run["learning_rate"] for run in sorted(tuning, key=deciding)}
+        finals = [r for r in results.runs if r["seed"] in SEEDS and r["learning_rate"] == rates[r["method"]]]
         total = len(options.methods) * len(TASKS) * len(SEEDS)
     else:
         model = fetch_model(options.work)
