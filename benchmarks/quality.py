@@ -222,7 +222,7 @@ def main() -> None:
 
     started = time.time()
     from crosslayer.data import prepare_data
-    from crosslayer.train.run import describe_run
+    from crosslayer.train.run_folder import describe_run
 
     prepared = prepare_data(build("crnet", START, 0, FINAL_STEPS, options).data)
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:

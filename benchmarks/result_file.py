@@ -28,7 +28,7 @@ class ResultFile:
         if name in self and not self.redo:
             print(f"{name}: there already (--redo measures again)")
             return self[name]
-        from crosslayer.train.run import describe_run  # slow to import, and not needed to read
+        from crosslayer.train.run_folder import describe_run  # slow to import, and not needed to read
 
         print(f"{name} ...", flush=True)
         started = time.perf_counter()

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from crosslayer.crnet import CrossLayerLinear
 from crosslayer.evaluate.contenders import METHODS, Contenders
 from crosslayer.evaluate.speed import matrix_operations, take_turns, training_rows, training_step
-from crosslayer.train.run import describe_run
+from crosslayer.train.run_folder import describe_run
 
 SHAPE = {
     "vocab_size": 1024,

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from ..errors import CrossLayerError, TrainingError
-from . import bench, evaluate, generate, pretrain
+from . import bench, evaluate, finetune, generate, pretrain
 
 app = typer.Typer(
     name="crosslayer",
@@ -24,6 +24,7 @@ app = typer.Typer(
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=ANY_FIELD)(pretrain.pretrain)
+app.command(context_settings=ANY_FIELD)(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.add_typer(bench.bench, name="bench")

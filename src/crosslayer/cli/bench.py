@@ -185,7 +185,7 @@ def _contenders(shape, methods: str | None, interval: int | None, dtype: str, de
 
 
 def _context(what: str, contenders: "Contenders", batch: int, sequence: int) -> dict[str, Any]:
-    from ..train.run import describe_run
+    from ..train.run_folder import describe_run
 
     return {
         "what": what,
@@ -198,7 +198,7 @@ def _context(what: str, contenders: "Contenders", batch: int, sequence: int) -> 
 
 
 def _print_memory(rows: dict[str, Any], depths: list[int], hidden_size: int, tokens: int) -> None:
-    from .common import print_table
+    from .common import print_grid
 
     columns = ("parameters", "gradients", "optimizer", "activations", "temporary", "total")
     print(
@@ -212,15 +212,15 @@ def _print_memory(rows: dict[str, Any], depths: list[int], hidden_size: int, tok
         ]
         for row in rows.values()
     ]
-    print_table(["", *(f"{depth} layers" for depth in depths), "growth"], kept)
+    print_grid(["", *(f"{depth} layers" for depth in depths), "growth"], kept)
     print(f"\nPeak of a training step with AdamW, {tokens:,} tokens, {depths[-1]} layers, MB by part\n")
     peaks = [[row["label"], *(f"{row['peak_bytes'][c] / 1e6:,.1f}" for c in columns)] for row in rows.values()]
-    print_table(["", *columns], peaks)
+    print_grid(["", *columns], peaks)
 
 
 def _print_speed(methods: list[str], result: dict[str, Any]) -> None:
     from ..evaluate.contenders import METHODS
-    from .common import print_table
+    from .common import print_grid
 
     header, rows = [""], [[METHODS[name].label] for name in methods]
     if "training" in result:
@@ -237,7 +237,7 @@ def _print_speed(methods: list[str], result: dict[str, Any]) -> None:
         if "generation" in result:
             measured = result["generation"].get(name, {})
             row += _speed_cells(measured.get("prefill")) + _speed_cells(measured.get("decode"))
-    print_table(header, rows)
+    print_grid(header, rows)
 
 
 def _speed_cells(row: dict[str, Any] | None, *more: str) -> list[str]:

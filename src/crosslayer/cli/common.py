@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ def quiet_libraries() -> None:
     datasets.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # PEFT still asks by the name that transformers 5.23 deprecates.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     logging.getLogger("crosslayer").setLevel(logging.INFO)
     logging.basicConfig(level=logging.WARNING, format="crosslayer: %(message)s", stream=sys.stderr)
 
@@ -80,11 +83,24 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
     return model.eval(), tokenizer
 
 
+def print_table(title: str, rows: list[tuple[str, str]], frame: bool = True) -> None:
+    """A table of (what, value) under a title."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    if not frame:
+        table.box, table.padding = None, (0, 2)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2))
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
+def print_grid(header: list[str], rows: list[list[str]]) -> None:
     """A Markdown table, columns aligned."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     for line in (header, ["-" * width for width in widths], *rows):

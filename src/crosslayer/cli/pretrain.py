@@ -61,39 +61,36 @@ def pretrain(
 
 def show_plan(plan) -> None:
     """What was decided, before the first step."""
-    from rich.console import Console
-    from rich.table import Table
+    from .common import print_table
 
-    table = Table(title=f"{plan.recipe}", title_justify="left", show_header=False, box=None, padding=(0, 2))
-    table.add_row("device", f"{plan.device} ({plan.device_reason}), {plan.precision}")
     groups = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items() if count)
-    total = sum(plan.parameters.values())
-    table.add_row("parameters", f"{total:,}: {groups}")
-    table.add_row("dense model", f"{plan.dense_parameters:,} parameters")
     train, validation = plan.data["train"], plan.data["validation"]
-    table.add_row(
-        "data",
-        f"{plan.data['source']}: {_count(train['documents'])} documents, {_count(train['tokens'])} tokens to train, "
-        f"{_count(validation['tokens'])} to validate, vocabulary {plan.vocab_size:,}",
-    )
+    rows = [
+        ("device", f"{plan.device} ({plan.device_reason}), {plan.precision}"),
+        ("parameters", f"{sum(plan.parameters.values()):,}: {groups}"),
+        ("dense model", f"{plan.dense_parameters:,} parameters"),
+        (
+            "data",
+            f"{plan.data['source']}: {_count(train['documents'])} documents, {_count(train['tokens'])} tokens to "
+            f"train, {_count(validation['tokens'])} to validate, vocabulary {plan.vocab_size:,}",
+        ),
+    ]
     if plan.data["skipped"]:
-        table.add_row("skipped", f"{plan.data['skipped']:,} files or lines that could not be read")
-    table.add_row("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens / 1e6:,.1f}M tokens")
-    table.add_row("operations", f"{plan.flops_per_token * plan.tokens:.2e} ({plan.flops_per_token:,} per token)")
+        rows.append(("skipped", f"{plan.data['skipped']:,} files or lines that could not be read"))
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.estimated_memory_bytes.items())
     estimate = sum(plan.estimated_memory_bytes.values()) / 2**20
-    table.add_row("memory, estimated", f"{estimate:,.0f} MiB: {parts}")
-    Console().print(table)
+    rows += [
+        ("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens / 1e6:,.1f}M tokens"),
+        ("operations", f"{plan.flops_per_token * plan.tokens:.2e} ({plan.flops_per_token:,} per token)"),
+        ("memory, estimated", f"{estimate:,.0f} MiB: {parts}"),
+    ]
+    print_table(plan.recipe, rows, frame=False)
 
 
 def show_report(report) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from .common import print_table
 
-    table = Table(title=f"{report.recipe['name']}", title_justify="left", show_header=False)
-    for what, value in report.rows():
-        table.add_row(what, value)
-    Console().print(table)
+    print_table(report.recipe["name"], report.rows())
 
 
 def show_sample(report, prompt: str) -> None:

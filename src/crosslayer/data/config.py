@@ -131,9 +131,9 @@ def parse_hub(source: str) -> tuple[str, str | None]:
     return match["name"], match["config"]
 
 
-def cache_root(config: DataConfig) -> Path:
-    """The folder that holds the caches of this configuration."""
-    chosen = config.cache_dir or os.environ.get("CROSSLAYER_CACHE") or "~/.cache/crosslayer"
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder that holds the caches, from the `cache_dir` of a configuration."""
+    chosen = cache_dir or os.environ.get("CROSSLAYER_CACHE") or "~/.cache/crosslayer"
     return Path(chosen).expanduser()
 
 

@@ -80,7 +80,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
     source = open_source(config)
     held_out = open_source(config, validation=True) if config.validation_data is not None else None
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
-    folder = cache_root(config) / cache.cache_key(_key_content(config, source, held_out, tokenizer))
+    folder = cache_root(config.cache_dir) / cache.cache_key(_key_content(config, source, held_out, tokenizer))
 
     prepared = _load(folder, config, source, tokenizer, cache_hit=True)
     if prepared is None:

@@ -106,7 +106,7 @@ class FileSource:
         self._options = ReadingOptions(
             text_column=config.text_column,
             skip_bad=skip_bad,
-            cache_dir=str(cache_root(config) / "sources" / content),
+            cache_dir=str(cache_root(config.cache_dir) / "sources" / content),
             cut_long_text=cut_long_text,
         )
 

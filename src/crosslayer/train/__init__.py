@@ -1,6 +1,26 @@
-"""Pre-training: recipes, the Trainer that runs them, and the reports they leave."""
+"""Pre-training and fine-tuning: recipes, the Trainers that run them, and the reports they leave."""
 
+from .methods import METHODS, AdapterConfig, attach
 from .parameter_groups import ParameterGroups, optimizer_groups
-from .recipe import Recipe, build_recipe, load_recipe
+from .recipe import (
+    FinetuneRecipe,
+    Recipe,
+    build_finetune_recipe,
+    build_recipe,
+    load_finetune_recipe,
+    load_recipe,
+)
 
-__all__ = ["ParameterGroups", "Recipe", "build_recipe", "load_recipe", "optimizer_groups"]
+__all__ = [
+    "METHODS",
+    "AdapterConfig",
+    "FinetuneRecipe",
+    "ParameterGroups",
+    "Recipe",
+    "attach",
+    "build_finetune_recipe",
+    "build_recipe",
+    "load_finetune_recipe",
+    "load_recipe",
+    "optimizer_groups",
+]

@@ -6,6 +6,13 @@
     parameter_groups: {full_rank_lr_factor: 0.2}   # fields of ParameterGroups
     training:         {max_steps: 600, ...}        # fields of transformers' TrainingArguments
 
+and to fine-tune:
+
+    model:            sentence-transformers/all-MiniLM-L6-v2     # a folder or a name on the hub
+    data:             {task: sst2, ...}            # fields of TaskConfig
+    adapter:          {method: lor2c, r: 8, ...}   # fields of AdapterConfig
+    training:         {num_train_epochs: 3, ...}
+
 Any field can be overridden by its own name (`--learning_rate 1e-3`) or, where two sections know it, with the section
 before it (`--data.seed 3`).
 """
@@ -18,16 +25,16 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from ..data import DataConfig
+from ..data import DataConfig, TaskConfig
 from ..errors import ConfigError
+from .methods import AdapterConfig
 from .parameter_groups import ParameterGroups
 
-SECTIONS = ("training", "model", "data", "parameter_groups")
-"""Order in which a bare name is looked up: `seed` is training's, `data.seed` the data's."""
+Content = Mapping[str, Any]
 
 # Set by crosslayer itself; a recipe that sets them would be ignored in part, so it is refused.
 RESERVED_TRAINING_FIELDS = {
@@ -40,9 +47,26 @@ RESERVED_TRAINING_FIELDS = {
 }
 
 
+class _AnyRecipe:
+    """What both kinds of recipe can do."""
+
+    SECTIONS: ClassVar[tuple[str, ...]]
+    """Order in which a bare name is looked up: `seed` is training's, `data.seed` the data's."""
+
+    PLAIN: ClassVar[tuple[str, ...]]
+    """Fields outside the sections, all of them text."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe with every default of its dataclasses spelled out, ready for YAML."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
 @dataclass(kw_only=True)
-class Recipe:
-    """A parsed recipe. Raises ConfigError for unknown fields (with the nearest known one) and wrong types."""
+class Recipe(_AnyRecipe):
+    """A parsed recipe to pre-train. Made by `load_recipe`, which checks every field."""
 
     name: str
     description: str = ""
@@ -51,20 +75,41 @@ class Recipe:
     parameter_groups: ParameterGroups = field(default_factory=ParameterGroups)
     training: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe with every default of the data and the parameter groups spelled out, ready for YAML."""
-        return dataclasses.asdict(self)
-
-    def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+    SECTIONS = ("training", "model", "data", "parameter_groups")
+    PLAIN = ("name", "description")
 
 
-def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+@dataclass(kw_only=True)
+class FinetuneRecipe(_AnyRecipe):
+    """A parsed recipe to fine-tune. Made by `load_finetune_recipe`, which checks every field."""
+
+    name: str
+    description: str = ""
+    model: str
+    data: TaskConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    SECTIONS = ("training", "adapter", "data")
+    PLAIN = ("name", "description", "model")
+
+
+def load_recipe(path: str | Path, overrides: Content | None = None) -> Recipe:
     """Read a recipe from a YAML file and apply overrides {field or section.field: value}.
 
     Raises ConfigError when the file is missing or is not YAML, for unknown fields and for values of a wrong type; all
     problems of one recipe are reported together.
     """
+    return build_recipe(read_recipe(path), overrides)
+
+
+def load_finetune_recipe(path: str | Path, overrides: Content | None = None) -> FinetuneRecipe:
+    """As `load_recipe`, for a recipe to fine-tune."""
+    return build_finetune_recipe(read_recipe(path), overrides)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping in a recipe file, named after the file unless it has a name. Raises ConfigError."""
     path = Path(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -77,46 +122,64 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {str(path)!r} is not a mapping; see recipes/ for the form.")
     content.setdefault("name", path.stem)
-    return build_recipe(content, overrides)
+    return content
 
 
-def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+def build_recipe(content: Content, overrides: Content | None = None) -> Recipe:
     """A recipe from the mapping that its YAML holds. Raises ConfigError like `load_recipe`."""
+    return _build(Recipe, content, overrides)
+
+
+def build_finetune_recipe(content: Content, overrides: Content | None = None) -> FinetuneRecipe:
+    """A recipe to fine-tune from the mapping that its YAML holds. Raises ConfigError like `load_recipe`."""
+    return _build(FinetuneRecipe, content, overrides)
+
+
+def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) -> Any:
     problems: list[str] = []
-    known = {section: _field_types(section) for section in SECTIONS}
-    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    plain = {"name": str(content.get("name", "run")), "description": str(content.get("description", ""))}
+    known = {section: _field_types(kind, section) for section in kind.SECTIONS}
+    sections: dict[str, dict[str, Any]] = {section: {} for section in kind.SECTIONS}
+    plain = {"name": str(content.get("name", "run"))}
+    plain.update({key: str(content[key]) for key in kind.PLAIN if content.get(key) is not None})
 
     for key, value in content.items():
-        if key in SECTIONS:
+        if key in kind.SECTIONS:
             if not isinstance(value, Mapping):
                 problems.append(f"section {key!r} is not a mapping")
                 continue
             for name, setting in value.items():
                 _set(sections, known, key, name, setting, problems)
-        elif key not in plain:
-            problems.append(_unknown(key, (*SECTIONS, *plain)))
+        elif key not in kind.PLAIN:
+            problems.append(_unknown(key, (*kind.SECTIONS, *kind.PLAIN)))
 
     for key, value in (overrides or {}).items():
-        if key in plain:
+        if key in kind.PLAIN:
             plain[key] = str(value)
             continue
         section, _, name = key.rpartition(".")
-        candidates = [section] if section else [s for s in SECTIONS if name in known[s]]
+        candidates = [section] if section else [s for s in kind.SECTIONS if name in known[s]]
         if not candidates or candidates[0] not in known:
             problems.append(_unknown(key, [name for names in known.values() for name in names]))
             continue
         _set(sections, known, candidates[0], name, value, problems)
 
+    if "model" in kind.PLAIN and "model" not in plain:
+        problems.append("model is missing; give a folder or a name on the hub")
     if problems:
         raise ConfigError("; ".join(problems))
-    return Recipe(
-        **plain,
-        model=sections["model"],
-        data=DataConfig(**sections["data"]),
-        parameter_groups=ParameterGroups(**sections["parameter_groups"]),
-        training=sections["training"],
-    )
+    parts: dict[str, Any] = {
+        section: _OWNERS.get((kind, section), dict)(**sections[section]) for section in kind.SECTIONS
+    }
+    return kind(**plain, **parts)
+
+
+_OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
+    (Recipe, "data"): DataConfig,
+    (Recipe, "parameter_groups"): ParameterGroups,
+    (FinetuneRecipe, "data"): TaskConfig,
+    (FinetuneRecipe, "adapter"): AdapterConfig,
+}
+"""Sections that are dataclasses of ours; the others stay mappings."""
 
 
 def parse_value(text: str) -> Any:
@@ -140,17 +203,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _field_types(section: str) -> dict[str, Any]:
-    if section == "data":
-        owner: Any = DataConfig
-    elif section == "parameter_groups":
-        owner = ParameterGroups
-    elif section == "model":
+def _field_types(kind: type[_AnyRecipe], section: str) -> dict[str, Any]:
+    owner: Any = _OWNERS.get((kind, section))
+    if owner is None and section == "model":
         from ..crnet import CRNetConfig
 
         # Checked by the configuration itself; hints of transformers' base class cannot be resolved at run time.
         return {f.name: Any for f in fields(CRNetConfig) if f.init}
-    else:
+    if owner is None:
         from transformers import TrainingArguments
 
         owner = TrainingArguments

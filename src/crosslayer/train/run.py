@@ -6,36 +6,36 @@ output_dir/
   log.jsonl          one line per log              report.json, report.md, loss.png
 """
 
-import json
 import math
-import os
-import platform
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from .. import __version__
 from ..accounting import count_parameters, dense_counterpart, estimate_training_memory, training_flops_per_token
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
 from ..errors import CheckpointError, ConfigError, TrainingError
 from .recipe import Recipe, load_recipe
 from .report import RunReport, write_card, write_report
-from .trainer import EvaluateAtTheEnd, PretrainTrainer, last_complete_checkpoint
+from .run_folder import (
+    check_output_dir,
+    check_same_run,
+    describe_run,
+    is_main_process,
+    peak_memory_bytes,
+    prepare_output_dir,
+    read_json,
+    write_json,
+)
+from .trainer import EvaluateAtTheEnd, PretrainTrainer, describe_device, last_complete_checkpoint, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-RUN_FILE = "run.json"
 MODEL_FOLDER = "model"
 
 
@@ -93,40 +93,14 @@ def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
     """transformers' TrainingArguments of a recipe, with `bf16: auto` decided. Raises ConfigError."""
     from transformers import TrainingArguments
 
-    settings: dict[str, Any] = {
+    defaults = {
         "include_num_input_tokens_seen": "all",
         "dataloader_drop_last": True,
         "save_total_limit": 2,
         "label_names": ["labels"],
         "disable_tqdm": False,
-        **recipe.training,
     }
-    use_cuda = torch.cuda.is_available() and not settings.get("use_cpu", False)
-    if settings.get("bf16") == "auto":
-        settings["bf16"] = use_cuda and torch.cuda.is_bf16_supported()
-    if not use_cuda:
-        settings.setdefault("dataloader_pin_memory", False)
-    try:
-        arguments = TrainingArguments(output_dir=str(output_dir), logging_nan_inf_filter=False, **settings)
-    except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise ConfigError(f"training: {' '.join(str(error).split())}") from None
-    _check_intervals(arguments)
-    return arguments
-
-
-def _check_intervals(arguments: "TrainingArguments") -> None:
-    if arguments.per_device_train_batch_size < 1 or arguments.gradient_accumulation_steps < 1:
-        raise ConfigError(
-            f"per_device_train_batch_size={arguments.per_device_train_batch_size} and gradient_accumulation_steps="
-            f"{arguments.gradient_accumulation_steps} must be at least 1"
-        )
-    if arguments.save_strategy == "steps" and arguments.logging_strategy == "steps":
-        save, log = arguments.save_steps, arguments.logging_steps
-        if save >= 1 and log >= 1 and save % log != 0:
-            raise ConfigError(
-                f"save_steps={save:g} is not a multiple of logging_steps={log:g}; a run resumed between two logs would "
-                "report a mean over fewer steps than an uninterrupted one"
-            )
+    return training_arguments(TrainingArguments, {**defaults, **recipe.training}, output_dir)
 
 
 def build_model(config: CRNetConfig, seed: int) -> CRNetForCausalLM:
@@ -153,17 +127,12 @@ def make_plan(recipe: Recipe, config: CRNetConfig, prepared: PreparedData, argum
                 f"{blocks} blocks of {recipe.data.block_size} tokens do not fill one step of {tokens_per_step} tokens; "
                 "lower per_device_train_batch_size or gradient_accumulation_steps"
             )
-    if arguments.device.type == "cuda":
-        device, reason = torch.cuda.get_device_name(arguments.device), "CUDA is available"
-    else:
-        device, reason = f"cpu, {torch.get_num_threads()} threads", "CUDA is not available"
-        if arguments.use_cpu:
-            reason = "use_cpu is set"
+    device, reason, precision = describe_device(arguments)
     return Plan(
         recipe=recipe.name,
         device=device,
         device_reason=reason,
-        precision="bf16 autocast" if arguments.bf16 else "fp16 autocast" if arguments.fp16 else "float32",
+        precision=precision,
         parameters=count_parameters(config),
         dense_parameters=sum(count_parameters(dense_counterpart(config)).values()),
         flops_per_token=training_flops_per_token(config, recipe.data.block_size),
@@ -204,9 +173,9 @@ def pretrain(
     """
     output_dir = Path(output_dir)
     if is_main_process():
-        _check_output_dir(output_dir, resume=resume, overwrite=overwrite)
+        check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     if resume:
-        _check_same_run(recipe, output_dir)
+        check_same_run(recipe.to_dict(), earlier_recipe(output_dir), ("model", "data"), output_dir)
     build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
 
@@ -223,7 +192,7 @@ def pretrain(
         return finished
 
     if is_main_process():
-        _prepare_output_dir(output_dir, recipe, plan, overwrite=overwrite)
+        prepare_output_dir(output_dir, recipe, plan, overwrite=overwrite)
     return _train(recipe, config, prepared, arguments, plan, output_dir, resume)
 
 
@@ -270,12 +239,12 @@ def _train(
 
     checkpoint = last_complete_checkpoint(output_dir) if resume else None
     if checkpoint is not None:
-        before = _read_json(output_dir / "before.json")
+        before = read_json(output_dir / "before.json")
     else:
         before = trainer.evaluate()
         trainer.state.log_history.clear()
         if is_main_process():
-            _write_json(output_dir / "before.json", before)
+            write_json(output_dir / "before.json", before)
 
     trainer.last_evaluation = None
     trainer.add_callback(EvaluateAtTheEnd())
@@ -311,25 +280,9 @@ def _train(
     return report
 
 
-def is_main_process() -> bool:
-    """True in a single process and in the first of a distributed launch."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _prepare_output_dir(output_dir: Path, recipe: Recipe, plan: Plan, *, overwrite: bool) -> None:
-    try:
-        if overwrite and output_dir.exists():
-            shutil.rmtree(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.save(output_dir / "recipe.yaml")
-        _write_json(output_dir / RUN_FILE, {**describe_run(), "plan": asdict(plan)})
-    except OSError as error:
-        raise CheckpointError(f"{output_dir} cannot be written: {error.strerror}; choose another folder") from None
-
-
 def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:
     """The report of a run that has taken all its steps, with its model; None when there is work left."""
-    content = _read_json(output_dir / "report.json")
+    content = read_json(output_dir / "report.json")
     if content is None or content["steps"] < plan.steps or not (output_dir / MODEL_FOLDER / "config.json").is_file():
         return None
     from transformers import AutoTokenizer
@@ -340,108 +293,15 @@ def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:
     return report
 
 
-def _check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    holds_run = (output_dir / RUN_FILE).is_file()
-    is_empty = not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir()))
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other; give one of them")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise CheckpointError(f"{output_dir} is a file; give a folder as --output_dir")
-    if resume and not holds_run:
-        raise CheckpointError(f"{output_dir} holds no run to resume; leave --resume out to start one")
-    if is_empty or (holds_run and (resume or overwrite)):
-        return
-    if holds_run:
-        raise CheckpointError(
-            f"{output_dir} already holds a run; give --resume to go on, --overwrite to throw it away, or another "
-            "--output_dir"
-        )
-    raise CheckpointError(
-        f"{output_dir} holds files that are not of a run and would not be touched; give another --output_dir"
-    )
-
-
-def _check_same_run(recipe: Recipe, output_dir: Path) -> None:
-    """A run goes on with its own model and data; steps, rates and intervals may change."""
+def earlier_recipe(output_dir: Path) -> dict[str, Any]:
+    """The recipe that a run in this folder ran. Raises CheckpointError."""
     try:
-        earlier = load_recipe(output_dir / "recipe.yaml").to_dict()
+        return load_recipe(output_dir / "recipe.yaml").to_dict()
     except ConfigError as error:
         raise CheckpointError(f"{output_dir} cannot be resumed: {error}") from None
-    now = recipe.to_dict()
-    changed = [
-        f"{section}.{name}={now[section].get(name)!r}, was {earlier[section].get(name)!r}"
-        for section in ("model", "data")
-        for name in sorted({*now[section], *earlier[section]} - {"cache_dir"})
-        if now[section].get(name) != earlier[section].get(name)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{output_dir} cannot be resumed with another model or other data ({'; '.join(changed)}); give the same, "
-            "or another --output_dir"
-        )
-
-
-def describe_run() -> dict[str, Any]:
-    """Command, versions and device: what it takes to repeat a number."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {
-        "command": "crosslayer " + " ".join(sys.argv[1:]) if Path(sys.argv[0]).stem == "crosslayer" else None,
-        "crosslayer": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-    }
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that this package runs from, "+" where files differ from it; None outside a checkout."""
-    folder = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "errors.py")  # a package installed below someone else's checkout is not it
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes allocated on the CUDA device, or the largest resident set of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _describe_data(recipe: Recipe, statistics: DataStatistics) -> dict[str, Any]:
     # Where the cache lies says nothing about the run.
     described = {k: v for k, v in asdict(statistics).items() if k not in ("cache_path", "cache_hit")}
     return {"source": recipe.data.data, **described}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

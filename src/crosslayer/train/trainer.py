@@ -1,4 +1,4 @@
-"""transformers' Trainer, told about parameter groups, whole-split perplexity and broken runs."""
+"""transformers' Trainer, told about broken runs, parameter groups and whole-split perplexity."""
 
 import json
 import logging
@@ -10,31 +10,116 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..accounting import peak_flops, training_flops_per_token
 from ..crnet import CRNetConfig, CrossLayerLinear
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
 from ..evaluate import measure_perplexity
 from .parameter_groups import ParameterGroups, optimizer_groups
 
 _log = logging.getLogger(__name__)
 
 
-class PretrainTrainer(Trainer):
-    """Trainer with five differences, each in one method.
+def training_arguments(kind: type[TrainingArguments], settings: dict[str, Any], output_dir: Path) -> TrainingArguments:
+    """Arguments of a run, with `bf16: auto` decided. Raises ConfigError for values that cannot work."""
+    settings = dict(settings)
+    use_cuda = torch.cuda.is_available() and not settings.get("use_cpu", False)
+    if settings.get("bf16") == "auto":
+        settings["bf16"] = use_cuda and torch.cuda.is_bf16_supported()
+    if not use_cuda:
+        settings.setdefault("dataloader_pin_memory", False)
+    try:
+        arguments = kind(output_dir=str(output_dir), logging_nan_inf_filter=False, **settings)
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ConfigError(f"training: {' '.join(str(error).split())}") from None
+    _check_intervals(arguments)
+    return arguments
+
+
+def _check_intervals(arguments: TrainingArguments) -> None:
+    if arguments.per_device_train_batch_size < 1 or arguments.gradient_accumulation_steps < 1:
+        raise ConfigError(
+            f"per_device_train_batch_size={arguments.per_device_train_batch_size} and gradient_accumulation_steps="
+            f"{arguments.gradient_accumulation_steps} must be at least 1"
+        )
+    if arguments.save_strategy == "steps" and arguments.logging_strategy == "steps":
+        save, log = arguments.save_steps, arguments.logging_steps
+        if save >= 1 and log >= 1 and save % log != 0:
+            raise ConfigError(
+                f"save_steps={save:g} is not a multiple of logging_steps={log:g}; a run resumed between two logs would "
+                "report a mean over fewer steps than an uninterrupted one"
+            )
+
+
+def describe_device(arguments: TrainingArguments) -> tuple[str, str, str]:
+    """(device, why this one, precision) in words."""
+    precision = "bf16 autocast" if arguments.bf16 else "fp16 autocast" if arguments.fp16 else "float32"
+    if arguments.device.type == "cuda":
+        return torch.cuda.get_device_name(arguments.device), "CUDA is available", precision
+    reason = "use_cpu is set" if arguments.use_cpu else "CUDA is not available"
+    return f"cpu, {torch.get_num_threads()} threads", reason, precision
+
+
+class SafeTrainer(Trainer):
+    """Trainer that stops a broken run: a loss that is not finite, a checkpoint that cannot be written.
+
+    As a first base class it does the same for other Trainers.
+
+    - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite;
+    - progress: a bar with the loss, or log lines, in place of printed dictionaries.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses_are_finite: torch.Tensor | bool = True
+        self.add_callback(StopWhenNotFinite(self))
+        # The Trainer has one of the two; its own print dictionaries, one of them to standard output.
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(Progress())
+        elif self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(LogLines())
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses_are_finite = self.losses_are_finite & torch.isfinite(loss)
+        return loss
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise TrainingError(f"weights are not finite at step {step}; {self.last_good_checkpoint()}")
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TrainingError(
+                f"checkpoint of step {step} could not be written ({reason}); {self.last_good_checkpoint()}"
+            ) from error
+
+    def last_good_checkpoint(self) -> str:
+        """Words for an error message: where the run can go on from."""
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if checkpoint is None:
+            return "there is no earlier checkpoint"
+        return f"the last good checkpoint is {checkpoint} (go on from it with --resume)"
+
+
+class PretrainTrainer(SafeTrainer):
+    """SafeTrainer with four differences, each in one method.
 
     - `create_optimizer`: learning-rate factors and weight decay by kind of parameter;
     - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
       Trainer is a mean of batch means);
     - `get_eval_dataloader`: the last, smaller batch too, whatever `dataloader_drop_last` says;
-    - `log`: tokens/s, model FLOPs utilisation, the range of beta and the drift of rebuilt states beside the loss;
-    - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite.
+    - `log`: tokens/s, model FLOPs utilisation, the range of beta and the drift of rebuilt states beside the loss.
     """
-
-    optimizer: torch.optim.Optimizer | None
-    control: TrainerControl
 
     def __init__(
         self,
@@ -52,12 +137,6 @@ class PretrainTrainer(Trainer):
         self.last_evaluation: dict[str, Any] | None = None
         self.throughput = _Throughput(block_size)
         self.add_callback(self.throughput)
-        self.add_callback(StopWhenNotFinite(self))
-        # The Trainer has one of the two; its own print dictionaries, one of them to standard output.
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(Progress())
-        elif self.pop_callback(PrinterCallback) is not None:
-            self.add_callback(LogLines())
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -73,7 +152,6 @@ class PretrainTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
-        self.throughput.losses_are_finite = self.throughput.losses_are_finite & torch.isfinite(loss)
         return loss
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -126,27 +204,6 @@ class PretrainTrainer(Trainer):
         if self.write_card is not None and self.args.should_save:
             self.write_card(Path(output_dir or self.args.output_dir))
 
-    def _save_checkpoint(self, model, trial) -> None:
-        step = self.state.global_step
-        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise TrainingError(f"weights are not finite at step {step}; {self.last_good_checkpoint()}")
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise TrainingError(
-                f"checkpoint of step {step} could not be written ({reason}); {self.last_good_checkpoint()}"
-            ) from error
-
-    def last_good_checkpoint(self) -> str:
-        """Words for an error message: where the run can go on from."""
-        checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if checkpoint is None:
-            return "there is no earlier checkpoint"
-        return f"the last good checkpoint is {checkpoint} (go on from it with --resume)"
-
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """The checkpoint-N folder with the largest N that was written to its end, None when there is none.
@@ -181,7 +238,6 @@ class _Throughput(TrainerCallback):
         self.seconds = 0.0
         self.total_tokens = 0  # of this process, without the first step, which warms up
         self.total_seconds = 0.0
-        self.losses_are_finite: torch.Tensor | bool = True
         self._step_started = 0.0
         self._is_first_step = True
 
@@ -216,13 +272,13 @@ class StopWhenNotFinite(TrainerCallback):
     makes the host wait.
     """
 
-    def __init__(self, trainer: PretrainTrainer) -> None:
+    def __init__(self, trainer: SafeTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if args.device.type != "cpu" and not (control.should_log or control.should_save):
             return
-        if not bool(self.trainer.throughput.losses_are_finite):
+        if not bool(self.trainer.losses_are_finite):
             raise TrainingError(
                 f"the loss is not finite at step {state.global_step}; {self.trainer.last_good_checkpoint()}; "
                 "lower learning_rate, or set max_grad_norm"
@@ -262,9 +318,24 @@ class LogLines(TrainerCallback):
 
 def _in_words(state, logs: dict[str, float]) -> str:
     if "eval_loss" in logs:
-        return (
-            f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, "
-            f"perplexity {logs['eval_perplexity']:.2f}"
-        )
+        found = [
+            f"{name.removeprefix('eval_').replace('_', ' ')} {logs[name]:.{digits}f}"
+            for name, digits in _SHOWN.items()
+            if name in logs
+        ]
+        return f"step {state.global_step}: validation {', '.join(found)}"
     speed = f", {logs['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in logs else ""
     return f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}{speed}"
+
+
+_SHOWN = {
+    "eval_loss": 4,
+    "eval_perplexity": 2,
+    "eval_accuracy": 4,
+    "eval_f1": 4,
+    "eval_matthews_correlation": 4,
+    "eval_pearson": 4,
+    "eval_spearman": 4,
+    "eval_mean_token_accuracy": 4,
+}
+"""What is said about an evaluation, with digits."""

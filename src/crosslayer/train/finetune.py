@@ -1,0 +1,416 @@
+"""One fine-tuning run: from a recipe to a folder with an adapter, a log and a report.
+
+output_dir/
+  recipe.yaml, run.json     as in pre-training      checkpoint-N/   for --resume
+  adapter/ or model/        the best checkpoint     log.jsonl       one line per log
+  report.json, report.md    the final table         structure.png   of methods that change it
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..data.tasks import Task, load_task, tokenize
+from ..errors import CheckpointError, ConfigError, TrainingError
+from ..evaluate.task_metrics import check_metrics_available, measure_task
+from .finetune_report import FinetuneReport, write_finetune_report
+from .methods import AdapterConfig, Attached, attach, count_trained
+from .recipe import FinetuneRecipe, load_finetune_recipe
+from .run_folder import (
+    check_output_dir,
+    check_same_run,
+    describe_run,
+    is_main_process,
+    peak_memory_bytes,
+    prepare_output_dir,
+    read_json,
+    write_json,
+)
+from .trainer import SafeTrainer, describe_device, last_complete_checkpoint, training_arguments
+
+ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+
+
+@dataclass(kw_only=True)
+class FinetunePlan:
+    """What a run would do, decided before its first step."""
+
+    recipe: str
+    model: str
+    task: str
+    kind: str
+    metrics: tuple[str, ...]
+    method: str
+    device: str
+    device_reason: str
+    precision: str
+    parameters: int
+    trained: dict[str, int]
+    source: str
+    labels: tuple[str, ...]
+    train_rows: int
+    validation_rows: int
+    steps: int
+    rows_per_step: int
+
+
+def finetune(
+    recipe: FinetuneRecipe,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    show_plan: Callable[[FinetunePlan], None] = lambda plan: None,
+) -> FinetuneReport | None:
+    """Run a recipe; arguments as in `run.pretrain`.
+
+    Raises ConfigError, DataError, CheckpointError before anything is written, TrainingError while running.
+    """
+    output_dir = Path(output_dir)
+    if is_main_process():
+        check_output_dir(output_dir, resume=resume, overwrite=overwrite)
+    if resume:
+        _check_same_finetuning(recipe, output_dir)
+    task = load_task(recipe.data)
+    if task.kind != "instruction":
+        check_metrics_available()
+    arguments = build_arguments(recipe, task, output_dir)
+    set_seed(arguments.seed)
+    model, tokenizer = load_base(recipe.model, task, recipe.adapter)
+    attached = attach(model, recipe.adapter, task.kind)
+    if task.kind == "instruction":
+        from .instruct import check_answers_fit
+
+        check_answers_fit(task.train, tokenizer, recipe.data.max_length)
+    plan = make_plan(recipe, task, attached.model, arguments)
+    if is_main_process():
+        show_plan(plan)
+    if dry_run:
+        return None
+    finished = read_json(output_dir / "report.json") if resume else None
+    if finished is not None and finished["steps"] >= plan.steps:
+        return FinetuneReport(**finished)
+
+    if is_main_process():
+        prepare_output_dir(output_dir, recipe, plan, overwrite=overwrite)
+    return _train(recipe, task, attached, tokenizer, arguments, plan, output_dir, resume)
+
+
+def _train(
+    recipe: FinetuneRecipe,
+    task: Task,
+    attached: Attached,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+    plan: FinetunePlan,
+    output_dir: Path,
+    resume: bool,
+) -> FinetuneReport:
+    started = time.perf_counter()
+    trainer = make_trainer(recipe, task, attached, tokenizer, arguments)
+    checkpoint = last_complete_checkpoint(output_dir) if resume else None
+    if checkpoint is not None:
+        before = read_json(output_dir / "before.json")
+    else:
+        before = trainer.evaluate()
+        trainer.state.log_history.clear()
+        if is_main_process():
+            write_json(output_dir / "before.json", before)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        raise TrainingError(
+            f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
+        ) from None
+    history = list(trainer.state.log_history)
+    after = trainer.evaluate()  # of the best checkpoint, which is the model now
+    report = FinetuneReport(
+        recipe=recipe.to_dict(),
+        run=describe_run(),
+        plan=asdict(plan),
+        seed=arguments.seed,
+        before=before,
+        after=after,
+        steps=trainer.state.global_step,
+        best_step=trainer.state.best_global_step if trainer.state.best_model_checkpoint else None,
+        trained=count_trained(attached.model),
+        structure=attached.history,
+        blocks=number_of_blocks(attached.model),
+        peak_memory_bytes=peak_memory_bytes(arguments.device),
+        seconds=time.perf_counter() - started,
+        history=history,
+    )
+    try:
+        trainer.save_model(str(output_dir / (ADAPTER_FOLDER if recipe.adapter.is_peft else MODEL_FOLDER)))
+        if task.kind == "instruction":
+            from .instruct import sample_answers
+
+            report.samples = sample_answers(attached.model, tokenizer, task.validation)
+        if arguments.should_save:
+            write_finetune_report(output_dir, report)
+    except OSError as error:
+        raise TrainingError(
+            f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"
+        ) from error
+    return report
+
+
+@dataclass
+class Measured:
+    """What `train_once` measured."""
+
+    attached: Attached
+    metrics: dict[str, float]
+    """The task's metrics (the deciding one first) and the loss, after the last step."""
+    steps: int
+
+
+def train_once(recipe: FinetuneRecipe, callbacks: Sequence[TrainerCallback] = ()) -> Measured:
+    """Train and evaluate without a run folder, for benchmarks and sweeps: nothing is kept but what is returned.
+
+    The recipe should have `eval_strategy: no`, so that nothing is chosen on the validation rows.
+    """
+    task = load_task(recipe.data)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = build_arguments(recipe, task, Path(folder))
+        set_seed(arguments.seed)
+        model, tokenizer = load_base(recipe.model, task, recipe.adapter)
+        attached = attach(model, recipe.adapter, task.kind)
+        attached.callbacks += callbacks
+        trainer = make_trainer(recipe, task, attached, tokenizer, arguments)
+        trainer.train()
+        metrics = trainer.evaluate()
+    named = dict.fromkeys([*task.metrics, "loss"])
+    return Measured(attached, {name: metrics[f"eval_{name}"] for name in named}, trainer.state.global_step)
+
+
+# ---------------------------------------------------------------------------------------------------- building
+
+
+def load_base(name: str, task: Task, adapter: AdapterConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pre-trained model, with a new head where the task needs one, and its tokenizer.
+
+    Weights keep their dtype when they stay frozen and are float32 when they train. Raises CheckpointError.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    import crosslayer.crnet  # noqa: F401  registers the Auto classes
+
+    path = Path(name).expanduser()
+    if (path / MODEL_FOLDER / "config.json").is_file():
+        path = path / MODEL_FOLDER
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{name!r} is not a model: it has no config.json; give a folder that has one")
+    settings: dict[str, Any] = {"dtype": "auto" if adapter.is_peft else torch.float32}
+    builder = AutoModelForCausalLM
+    if task.kind != "instruction":
+        builder = AutoModelForSequenceClassification
+        settings["num_labels"] = len(task.labels) or 1
+        settings["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
+        if task.labels:
+            settings["id2label"] = dict(enumerate(task.labels))
+            settings["label2id"] = {label: index for index, label in enumerate(task.labels)}
+    source = str(path) if path.is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = builder.from_pretrained(source, **settings)
+    except Exception as error:  # the hub, its client and model classes raise dozens of kinds
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"model {name!r} cannot be loaded: {reason}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def build_arguments(recipe: FinetuneRecipe, task: Task, output_dir: Path) -> TrainingArguments:
+    """TrainingArguments of a recipe (SFTConfig for instructions). Raises ConfigError."""
+    settings = {**default_training(task, recipe.adapter), **recipe.training}
+    settings.setdefault("save_strategy", settings["eval_strategy"])
+    if settings["save_strategy"] == "steps" and "eval_steps" in settings:
+        settings.setdefault("save_steps", settings["eval_steps"])
+    keeps_best = settings["eval_strategy"] != "no" and settings["save_strategy"] != "no"
+    settings.setdefault("load_best_model_at_end", keeps_best)
+    settings.setdefault("metric_for_best_model", task.metrics[0])
+    settings.setdefault("greater_is_better", settings["metric_for_best_model"].removeprefix("eval_") != "loss")
+    if task.kind == "instruction":
+        from .instruct import instruction_arguments
+
+        return instruction_arguments(settings, recipe.data.max_length, output_dir)
+    return training_arguments(TrainingArguments, settings, output_dir)
+
+
+def default_training(task: Task, adapter: AdapterConfig) -> dict[str, Any]:
+    """Settings where a recipe has none.
+
+    Rates, warm-up and decay of the adapters: the paper's scripts (recipes/). Epochs and batch size: our choice, for a
+    first run. Rates of `full` and `head`: the usual ones.
+    """
+    is_instruction = task.kind == "instruction"
+    rates = {"full": 2e-5, "head": 1e-3}
+    return {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 32,
+        "learning_rate": rates.get(adapter.method, 3e-4 if is_instruction else 4e-4),
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.06,
+        "weight_decay": 0.01,
+        "train_sampling_strategy": "random" if is_instruction else "group_by_length",
+        "eval_strategy": "epoch",
+        "logging_steps": 10,
+        "save_total_limit": 2,
+        "label_names": ["labels"],
+        "disable_tqdm": False,
+    }
+
+
+def make_plan(recipe: FinetuneRecipe, task: Task, model: nn.Module, arguments: TrainingArguments) -> FinetunePlan:
+    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps = arguments.max_steps
+    if steps <= 0:
+        batches = math.ceil(len(task.train) / (arguments.train_batch_size * arguments.world_size))
+        per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+        steps = math.ceil(arguments.num_train_epochs * per_epoch)
+    device, reason, precision = describe_device(arguments)
+    trained = count_trained(model)
+    idle = trained["adapter"] if hasattr(model, "peft_config") else 0
+    return FinetunePlan(
+        recipe=recipe.name,
+        model=recipe.model,
+        task=task.name,
+        kind=task.kind,
+        metrics=task.metrics,
+        method=recipe.adapter.method,
+        device=device,
+        device_reason=reason,
+        precision=precision,
+        parameters=_size_of_base(model) + idle,
+        trained=trained,
+        source=task.source,
+        labels=task.labels,
+        train_rows=len(task.train),
+        validation_rows=len(task.validation),
+        steps=steps,
+        rows_per_step=rows_per_step,
+    )
+
+
+def _size_of_base(model: nn.Module) -> int:
+    """Parameters without adapters and without PEFT's second copy of the head."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and ".lor2c" not in name and ".original_module." not in name
+    )
+
+
+def make_trainer(
+    recipe: FinetuneRecipe,
+    task: Task,
+    attached: Attached,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+) -> "SafeTrainer":
+    """The Trainer of a task, with the callbacks of the method."""
+    if task.kind == "instruction":
+        from .instruct import InstructionTrainer, with_chat_template
+
+        return InstructionTrainer(
+            model=attached.model,
+            args=arguments,
+            train_dataset=task.train,
+            eval_dataset=task.validation,
+            processing_class=with_chat_template(tokenizer, task.train),
+            callbacks=attached.callbacks,
+        )
+    return TaskTrainer(
+        model=attached.model,
+        args=arguments,
+        train_dataset=tokenize(task.train, tokenizer, recipe.data.max_length),
+        eval_dataset=tokenize(task.validation, tokenizer, recipe.data.max_length),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda prediction: measure_task(task.metrics, prediction.predictions, prediction.label_ids),
+        preprocess_logits_for_metrics=_scores if task.kind == "regression" else _classes,
+        callbacks=attached.callbacks,
+        head_lr_factor=recipe.adapter.head_lr_factor,
+    )
+
+
+class TaskTrainer(SafeTrainer):
+    """SafeTrainer whose new head may take a learning rate of its own."""
+
+    def __init__(self, *args, head_lr_factor: float = 1.0, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_lr_factor = head_lr_factor
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        had_none = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if had_none and self.head_lr_factor != 1.0:
+            split_off_head(optimizer, self.model, self.args.learning_rate * self.head_lr_factor)
+        return optimizer
+
+
+def split_off_head(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
+    """Give the head's parameters groups of their own with another learning rate; before the first step."""
+    from .methods import head_parameters
+
+    is_peft = hasattr(model, "peft_config")
+    names = set() if is_peft else head_parameters(model)
+    head = {id(p) for name, p in model.named_parameters() if "modules_to_save." in name or name in names}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in head]
+        rest = [parameter for parameter in group["params"] if id(parameter) not in head]
+        if own and rest:
+            group["params"] = rest
+            optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+        elif own:
+            group["lr"] = learning_rate
+
+
+def _classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    return _logits(logits).argmax(dim=-1)
+
+
+def _scores(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    return _logits(logits).squeeze(-1)
+
+
+def _logits(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def number_of_blocks(model: nn.Module) -> int | None:
+    """Blocks that a LoR2C adapter goes around, None for other methods."""
+    tuner: Any = getattr(model, "base_model", None)
+    return len(tuner.structure().places) if hasattr(tuner, "num_adapter_parameters") else None
+
+
+def _check_same_finetuning(recipe: FinetuneRecipe, output_dir: Path) -> None:
+    try:
+        earlier = load_finetune_recipe(output_dir / "recipe.yaml").to_dict()
+    except ConfigError as error:
+        raise CheckpointError(f"{output_dir} cannot be resumed: {error}") from None
+    now = recipe.to_dict()
+    for content in (now, earlier):
+        content["recipe"] = {"model": content["model"]}
+    check_same_run(now, earlier, ("recipe", "data", "adapter"), output_dir)

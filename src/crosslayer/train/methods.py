@@ -1,0 +1,223 @@
+"""Ways to fine-tune: LoR2C and its variants (arXiv 2503.00572), LoRA, everything, the head alone.
+
+    attached = attach(model, AdapterConfig(method="imlor2c", r=8), kind="classification")
+    attached.model                      # train this
+    attached.callbacks                  # what changes the structure while it trains
+
+| method | what trains |
+|---|---|
+| lor2c | one low-rank residual around each block |
+| sharelor2c | the same with one A for all blocks |
+| mergelor2c | LoR2C, whose neighbouring modules are fused while training |
+| injectlor2c | LoR2C, whose simplest modules give way to LoRA of half the rank on query and value |
+| imlor2c | both |
+| lora | LoRA (arXiv 2106.09685) on query and value |
+| full | all weights |
+| head | only the new head of a classification or regression model |
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+from transformers import TrainerControl, TrainerState
+
+from ..errors import ConfigError
+
+METHODS = ("lor2c", "sharelor2c", "mergelor2c", "injectlor2c", "imlor2c", "lora", "full", "head")
+FUSING, INJECTING = ("mergelor2c", "imlor2c"), ("injectlor2c", "imlor2c")
+TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "instruction": "CAUSAL_LM"}
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """What is trained. Raises ConfigError, naming every field that is wrong."""
+
+    method: str = "lor2c"
+    """lor2c, sharelor2c, mergelor2c, injectlor2c, imlor2c, lora, full or head."""
+
+    r: int = 8
+    """Rank (LoR2C and LoRA)."""
+
+    alpha: float = 16.0
+    """The update is scaled by alpha / r."""
+
+    dropout: float = 0.1
+    """On the input of A. 0.1 is what the paper's GLUE script uses for LoR2C."""
+
+    target_modules: list[str] | str | None = None
+    """LoR2C: the blocks; None = the longest list. LoRA: the linears; None = PEFT's choice for the model (query and
+    value mostly), all linears where PEFT has none."""
+
+    max_fuses: int | str | None = None
+    """mergelor2c, imlor2c: how often two modules are fused, or auto. None = 1 (the paper's best with 3 injections)."""
+
+    max_injections: int | str | None = None
+    """injectlor2c, imlor2c: how many modules give way to LoRA, or auto. None = 3 (the paper's best with 1 fuse)."""
+
+    interval: int | None = None
+    """Epochs or steps between two changes. None = the paper's schedule: all of them in the first quarter or so."""
+
+    interval_unit: str = "epochs"
+    """epochs or steps."""
+
+    criterion: str = "sfs"
+    """sfs (the paper's), official (its code's opposite), mean_singular_value, stable_rank, alignment."""
+
+    survivor: str = "first"
+    """Whose weights live on in a fused module: first or higher_score."""
+
+    max_span: int | None = None
+    """Most blocks that one fused module may cover."""
+
+    head_lr_factor: float = 1.0
+    """Factor on learning_rate for the new head. The paper's GLUE script uses 0.5."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.method not in METHODS:
+            near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.4)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            problems.append(f"method={self.method!r} is none of {', '.join(METHODS)}{hint}")
+        if self.r < 1:
+            problems.append(f"r={self.r} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout} must lie in [0, 1)")
+        if self.head_lr_factor <= 0:
+            problems.append(f"head_lr_factor={self.head_lr_factor} must be above 0")
+        for name, methods in (("max_fuses", FUSING), ("max_injections", INJECTING)):
+            count = getattr(self, name)
+            if count is None or self.method not in METHODS:
+                continue
+            if self.method not in methods:
+                problems.append(f"{name} is for {' and '.join(methods)}, not for method={self.method!r}")
+            elif count != "auto" and (not isinstance(count, int) or count < 0):
+                problems.append(f"{name}={count!r} must be auto, or a number of at least 0")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def is_lor2c(self) -> bool:
+        return self.method.endswith("lor2c")
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether an adapter is saved, instead of a whole model."""
+        return self.is_lor2c or self.method == "lora"
+
+
+@dataclass
+class Attached:
+    """A model ready to train, and what has to watch its training."""
+
+    model: nn.Module
+    callbacks: list[Any] = field(default_factory=list)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Decisions of the structure callback so far, oldest first."""
+        return [entry for callback in self.callbacks for entry in getattr(callback, "history", [])]
+
+
+def attach(
+    model: nn.Module, adapter: AdapterConfig, kind: Literal["classification", "regression", "instruction"]
+) -> Attached:
+    """Make `model` trainable as `adapter` says.
+
+    Raises ConfigError (or LoR2C's own errors) when the method does not fit the model.
+    """
+    if adapter.method == "full":
+        return Attached(model)
+    if adapter.method == "head":
+        names = head_parameters(model)
+        if kind == "instruction" or not names:
+            raise ConfigError(
+                "method='head' trains the new head of a classification or regression model; instructions need lor2c, "
+                "lora or full"
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        return Attached(model)
+    from peft import get_peft_model
+
+    config = (_lor2c_config if adapter.is_lor2c else _lora_config)(model, adapter, TASK_TYPES[kind])
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"method={adapter.method!r}: {' '.join(str(error).split())}") from error
+    if adapter.method not in (*FUSING, *INJECTING):
+        return Attached(adapted)
+    callback = _structure_callback(adapter)
+    # Looks at the model now, not only when training has begun: counts that it does not allow are wrong input.
+    callback.on_train_begin(None, TrainerState(), TrainerControl(), model=adapted)
+    return Attached(adapted, [callback])
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters outside the pre-trained base of a transformers model: its new head."""
+    prefix = f"{model.base_model_prefix}."
+    return {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
+
+
+def count_trained(model: nn.Module) -> dict[str, int]:
+    """Parameters that train, {"adapter": in use under the present structure, "head": modules_to_save, "base": rest}."""
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trained.items() if "modules_to_save." in name)
+    is_adapter = {name: ".lora_" in name or ".lor2c" in name for name in trained}
+    adapter = sum(count for name, count in trained.items() if is_adapter[name])
+    base = sum(trained.values()) - head - adapter
+    tuner: Any = getattr(model, "base_model", None)
+    if hasattr(tuner, "num_adapter_parameters"):
+        adapter = tuner.num_adapter_parameters()
+    if not adapter and not hasattr(model, "peft_config"):
+        names = head_parameters(model)
+        head = sum(count for name, count in trained.items() if name in names)
+        base -= head
+    return {"adapter": adapter, "head": head, "base": base}
+
+
+def _lora_config(model: Any, adapter: AdapterConfig, task_type: str) -> Any:
+    from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    targets = adapter.target_modules
+    if targets is None and model.config.model_type not in KNOWN:
+        targets = "all-linear"
+    return LoraConfig(
+        task_type=task_type,
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+    )
+
+
+def _lor2c_config(model: Any, adapter: AdapterConfig, task_type: str) -> Any:
+    from ..lor2c import LoR2CConfig
+
+    return LoR2CConfig(
+        task_type=task_type,
+        r=adapter.r,
+        lor2c_alpha=adapter.alpha,
+        lor2c_dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        share_A=adapter.method == "sharelor2c",
+        injectable=adapter.method in INJECTING,
+    )
+
+
+def _structure_callback(adapter: AdapterConfig) -> Any:
+    from ..lor2c import LoR2CStructureCallback
+
+    def count(given: int | str | None, methods: tuple[str, ...], default: int) -> Any:
+        return (default if given is None else given) if adapter.method in methods else 0
+
+    settings: dict[str, Any] = {
+        name: getattr(adapter, name) for name in ("interval", "interval_unit", "criterion", "survivor", "max_span")
+    }
+    return LoR2CStructureCallback(
+        max_fuses=count(adapter.max_fuses, FUSING, 1),
+        max_injections=count(adapter.max_injections, INJECTING, 3),
+        **settings,
+    )

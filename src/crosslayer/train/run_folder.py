@@ -1,0 +1,147 @@
+"""The folder of a run: whether it may be written, what it says about itself, and what it took to run.
+
+output_dir/
+  recipe.yaml        the recipe as it ran          run.json       command, versions, device, plan
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import CheckpointError, ConfigError
+
+RUN_FILE = "run.json"
+
+
+def is_main_process() -> bool:
+    """True in a single process and in the first of a distributed launch."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises CheckpointError for a folder that a run must not write into, ConfigError for resume with overwrite."""
+    holds_run = (output_dir / RUN_FILE).is_file()
+    is_empty = not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir()))
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; give one of them")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise CheckpointError(f"{output_dir} is a file; give a folder as --output_dir")
+    if resume and not holds_run:
+        raise CheckpointError(f"{output_dir} holds no run to resume; leave --resume out to start one")
+    if is_empty or (holds_run and (resume or overwrite)):
+        return
+    if holds_run:
+        raise CheckpointError(
+            f"{output_dir} already holds a run; give --resume to go on, --overwrite to throw it away, or another "
+            "--output_dir"
+        )
+    raise CheckpointError(
+        f"{output_dir} holds files that are not of a run and would not be touched; give another --output_dir"
+    )
+
+
+def prepare_output_dir(output_dir: Path, recipe: Any, plan: Any, *, overwrite: bool) -> None:
+    """Make the folder and write recipe.yaml and run.json into it; `recipe` saves itself, `plan` is a dataclass.
+
+    Raises CheckpointError when it cannot be written."""
+    try:
+        if overwrite and output_dir.exists():
+            shutil.rmtree(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        recipe.save(output_dir / "recipe.yaml")
+        write_json(output_dir / RUN_FILE, {**describe_run(), "plan": asdict(plan)})
+    except OSError as error:
+        raise CheckpointError(f"{output_dir} cannot be written: {error.strerror}; choose another folder") from None
+
+
+def check_same_run(now: dict[str, Any], earlier: dict[str, Any], sections: Sequence[str], output_dir: Path) -> None:
+    """Raises ConfigError where the given sections of two recipes differ.
+
+    A run goes on with its own model and data; steps, rates and intervals may change.
+    """
+    changed = [
+        f"{section}.{name}={now[section].get(name)!r}, was {earlier[section].get(name)!r}"
+        for section in sections
+        for name in sorted({*now[section], *earlier[section]} - {"cache_dir"})
+        if now[section].get(name) != earlier[section].get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{output_dir} cannot be resumed with another model or other data ({'; '.join(changed)}); give the same, "
+            "or another --output_dir"
+        )
+
+
+def describe_run() -> dict[str, Any]:
+    """Command, versions and device: what it takes to repeat a number."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "command": "crosslayer " + " ".join(sys.argv[1:]) if Path(sys.argv[0]).stem == "crosslayer" else None,
+        "crosslayer": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in packages},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package runs from, "+" where files differ from it; None outside a checkout."""
+    folder = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "errors.py")  # a package installed below someone else's checkout is not it
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes allocated on the CUDA device, or the largest resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON under a temporary name, then renamed: there is never half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, None when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
