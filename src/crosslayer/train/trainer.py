@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..accounting import peak_flops, training_flops_per_token
+from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient_norms, increment_ratios
 from ..crnet import CRNetConfig, CrossLayerLinear
 from ..errors import TrainingError
 from ..evaluate import measure_perplexity
@@ -23,13 +24,14 @@ _log = logging.getLogger(__name__)
 
 
 class PretrainTrainer(Trainer):
-    """Trainer with five differences, each in one method.
+    """Trainer with six differences, each in one method.
 
     - `create_optimizer`: learning-rate factors and weight decay by kind of parameter;
     - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
       Trainer is a mean of batch means);
     - `get_eval_dataloader`: the last, smaller batch too, whatever `dataloader_drop_last` says;
     - `log`: tokens/s, model FLOPs utilisation, the range of beta and the drift of rebuilt states beside the loss;
+    - `training_step`: hands a sequence to what writes a CR-Net's health by layer and position into `health_file`;
     - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite.
     """
 
@@ -43,6 +45,7 @@ class PretrainTrainer(Trainer):
         block_size: int,
         validation_bytes: int | None = None,
         write_card: Callable[[Path], None] | None = None,
+        health_file: Path | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -52,6 +55,10 @@ class PretrainTrainer(Trainer):
         self.last_evaluation: dict[str, Any] | None = None
         self.throughput = _Throughput(block_size)
         self.add_callback(self.throughput)
+        self.health = None
+        if health_file is not None and cross_layer_linears(self.model):
+            self.health = _Health(HealthLog(health_file), self.accelerator.unwrap_model)
+            self.add_callback(self.health)
         self.add_callback(StopWhenNotFinite(self))
         # The Trainer has one of the two; its own print dictionaries, one of them to standard output.
         if self.pop_callback(ProgressCallback) is not None:
@@ -74,6 +81,8 @@ class PretrainTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
         self.throughput.losses_are_finite = self.throughput.losses_are_finite & torch.isfinite(loss)
+        if self.health is not None:
+            self.health.inputs = inputs
         return loss
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -207,6 +216,53 @@ class _Throughput(TrainerCallback):
             flops = training_flops_per_token(cast(CRNetConfig, model.config), self.block_size)
             metrics["mfu"] = round(tokens_per_s * flops / peak / world, 4)
         return metrics
+
+
+class _Health(TrainerCallback):
+    """health.jsonl (analysis/health.py): one line at every logging step, nothing at the others.
+
+    Gradients are read before the optimizer takes them, that is after clipping.
+    """
+
+    def __init__(self, log: HealthLog, unwrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        self.log = log
+        self.unwrap = unwrap
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, list[float]] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.log.cut(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if _will_log(args, state):
+            self.gradients = gradient_norms(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if not self.gradients:
+            return
+        model = self.unwrap(model)
+        sequence = {
+            name: self.inputs[name][:1].to(args.device) for name in ("input_ids", "position_ids") if name in self.inputs
+        }
+        record = {
+            "step": state.global_step,
+            "tokens": int(state.num_input_tokens_seen),
+            "b": b_values(model),
+            "increment_ratio": increment_ratios(model, sequence),
+            "gradient_norm": self.gradients,
+        }
+        self.gradients, self.inputs = {}, {}
+        if state.is_world_process_zero:
+            self.log.append(record)
+
+
+def _will_log(args, state) -> bool:
+    """Whether the step under way, not counted yet, is one that the Trainer logs after."""
+    step = state.global_step + 1
+    if args.logging_strategy != "steps":
+        return False
+    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
 
 
 class StopWhenNotFinite(TrainerCallback):
