@@ -10,7 +10,7 @@ import sys
 import typer
 
 from ..errors import CrossLayerError, TrainingError
-from . import evaluate, generate, pretrain
+from . import analyze, evaluate, generate, pretrain
 
 app = typer.Typer(
     name="crosslayer",
@@ -26,6 +26,7 @@ ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=ANY_FIELD)(pretrain.pretrain)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
+app.command()(analyze.analyze)
 
 
 def main() -> None:
