@@ -36,7 +36,12 @@ def cross_layer_linears(model: nn.Module) -> dict[str, list[CrossLayerLinear]]:
 
 def b_values(model: nn.Module) -> Table:
     """b = s(beta) (|beta| + eps) of every cross-layer linear."""
-    return _table({p: [_whole(module.b()) for module in modules] for p, modules in cross_layer_linears(model).items()})
+
+    def b(module: CrossLayerLinear) -> torch.Tensor:
+        beta = _whole(module.beta)
+        return beta + torch.where(beta >= 0, module.beta_epsilon, -module.beta_epsilon)
+
+    return _table({p: [b(module) for module in modules] for p, modules in cross_layer_linears(model).items()})
 
 
 def gradient_norms(model: nn.Module) -> Table:

@@ -91,9 +91,9 @@ def find_positions(model: nn.Module) -> list[Position]:
 
 def longest_block_list(model: nn.Module) -> list[nn.Module]:
     """The longest ModuleList whose items hold linears; empty when there is none."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     lists = [blocks for blocks in lists if any(next(outermost_linears(block), None) for block in blocks)]
-    return list(max(lists, key=len)) if lists else []
+    return max(lists, key=len, default=[])
 
 
 def outermost_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Linear]]:

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -249,7 +250,7 @@ def measure_spectra(
         for index, items in enumerate(passes):
             running = _Pass(items, carried)
             done = index * len(batches)
-            running.run(model, batches, lambda n, done=done: on_batch(done + n, len(passes) * len(batches)))
+            running.run(model, batches, partial(_report, on_batch, done, len(passes) * len(batches)))
             needed = {(p.name, layer - 1) for later in passes[index + 1 :] for p, layer in later if p.is_paired(layer)}
             result.linears += running.finish(tokens)
             carried = {key: gram for key, gram in running.grams.items() if key in needed}
@@ -258,6 +259,10 @@ def measure_spectra(
     order = {position.name: index for index, position in enumerate(positions)}
     result.linears.sort(key=lambda linear: (linear.layer, order[linear.position]))
     return result
+
+
+def _report(on_batch: Callable[[int, int], None], done: int, total: int, batches: int) -> None:
+    on_batch(done + batches, total)
 
 
 def choose_positions(positions: list[Position], only: Sequence[str] | None) -> list[Position]:

@@ -149,7 +149,7 @@ def analyze(
         content, words = write_analysis(folder, spectra[0], what, describe_run(), suggested)
     else:
         what = {"before": short_name(names[0]), "after": short_name(names[1]), **what}
-        content, words = write_comparison(folder, *spectra, what, describe_run())
+        content, words = write_comparison(folder, spectra[0], spectra[1], what, describe_run())
     if as_json:
         print_json(content)
     else:

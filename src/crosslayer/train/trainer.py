@@ -57,7 +57,9 @@ class PretrainTrainer(Trainer):
         self.add_callback(self.throughput)
         self.health = None
         if health_file is not None and cross_layer_linears(self.model):
-            self.health = _Health(HealthLog(health_file), self.accelerator.unwrap_model)
+            self.health = _Health(
+                HealthLog(health_file), self.accelerator.unwrap_model, self.compute_loss_context_manager
+            )
             self.add_callback(self.health)
         self.add_callback(StopWhenNotFinite(self))
         # The Trainer has one of the two; its own print dictionaries, one of them to standard output.
@@ -224,9 +226,10 @@ class _Health(TrainerCallback):
     Gradients are read before the optimizer takes them, that is after clipping.
     """
 
-    def __init__(self, log: HealthLog, unwrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    def __init__(self, log: HealthLog, unwrap: Callable, autocast: Callable) -> None:
         self.log = log
         self.unwrap = unwrap
+        self.autocast = autocast
         self.inputs: dict[str, torch.Tensor] = {}
         self.gradients: dict[str, list[float]] = {}
 
@@ -242,14 +245,16 @@ class _Health(TrainerCallback):
         if not self.gradients:
             return
         model = self.unwrap(model)
-        sequence = {
+        sequence: dict[str, torch.Tensor] = {
             name: self.inputs[name][:1].to(args.device) for name in ("input_ids", "position_ids") if name in self.inputs
         }
+        with self.autocast():
+            ratios = increment_ratios(model, sequence)
         record = {
             "step": state.global_step,
             "tokens": int(state.num_input_tokens_seen),
             "b": b_values(model),
-            "increment_ratio": increment_ratios(model, sequence),
+            "increment_ratio": ratios,
             "gradient_norm": self.gradients,
         }
         self.gradients, self.inputs = {}, {}
