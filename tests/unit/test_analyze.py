@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
 from crosslayer.analysis.health import HealthLog, b_values, gradient_norms, increment_ratios, read_health
+from crosslayer.analysis.loading import load_body
 from crosslayer.analysis.text import text_batches
 from crosslayer.cli import main
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
@@ -103,15 +104,25 @@ def test_json_is_all_of_standard_output(run, crnet_run, texts, root):
     assert second["relative_error"]["learned"][1] < 2e-3 < second["relative_error"]["learned"][0]
 
 
-def test_untrained_weights_differ_by_seed(run, llamas, texts, root):
-    def norms(*more):
-        result = run(llamas[0], "--data", texts, *SMALL, "--output_dir", root / "untrained", "--json", *more)
-        return [x["rms"] for x in json.loads(result.out)["linears"]]
+def test_untrained_weights_differ_by_seed(llamas):
+    def weights(**more):
+        return load_body(str(llamas[0]), **more).layers[0].mlp.up_proj.weight
 
-    first = norms("--untrained", "--seed", "1")
-    assert first == norms("--untrained", "--seed", "1")
-    assert first != norms("--untrained", "--seed", "2")
-    assert first != norms()
+    first = weights(untrained=True, seed=1)
+    assert torch.equal(first, weights(untrained=True, seed=1))
+    assert not torch.equal(first, weights(untrained=True, seed=2))
+    assert not torch.equal(first, weights())
+    assert weights(dtype="float64").dtype == torch.float64
+
+
+def test_without_matplotlib(run, llamas, texts, root, monkeypatch):
+    from crosslayer.analysis import results
+
+    monkeypatch.setattr(results, "has_matplotlib", lambda: False)
+    result = run(llamas[0], "--data", texts, *SMALL, "--output_dir", root / "words", "--untrained")
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in (root / "words").iterdir()) == ["spectra.json", "summary.md"]
+    assert "untrained, seed 0" in result.out
 
 
 def test_before_and_after(run, llamas, texts, root):
@@ -146,7 +157,8 @@ def test_health_lines_say_what_the_model_says(crnet_run):
         assert list(table) == ["q", "k", "v", "o", "gate", "up", "down"]
         assert all(len(row) == 2 and min(row) > 0 for row in table.values())
     model = CRNetForCausalLM.from_pretrained(crnet_run / "model")
-    assert last["b"] == pytest.approx(b_values(model), rel=1e-4)
+    for position, row in b_values(model).items():
+        assert last["b"][position] == pytest.approx(row, rel=1e-4)
 
 
 def test_a_resumed_run_goes_on_with_its_health(root):

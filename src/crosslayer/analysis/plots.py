@@ -173,7 +173,7 @@ def _draw_run(axes, health, log, b: dict[str, np.ndarray]) -> None:
         panel.set_xlabel("tokens (millions)")
         panel.grid(alpha=0.3)
         if panel.get_lines():
-            panel.legend(frameon=False, fontsize=8)
+            panel.legend(fontsize=8, framealpha=0.8, edgecolor="none")
 
 
 SHARE = {"cmap": "viridis_r", "vmin": 0.0, "vmax": 1.0, "format": "{:.2f}"}
@@ -188,7 +188,8 @@ def _curve(axes, spectra: Spectra, position: str, kind: str, *, label: str, line
         return
     errors = np.stack([x.relative_errors(kind).numpy() for x in linears])[:, 1:]
     ranks = np.arange(1, errors.shape[1] + 1)
-    axes.plot(ranks, errors.mean(0), color=COLOURS[kind], linestyle=linestyle, linewidth=1.4, label=label)
+    wide = {"linewidth": 3.2, "alpha": 0.45} if kind == "output" else {"linewidth": 1.4}  # others may lie on top of it
+    axes.plot(ranks, errors.mean(0), color=COLOURS[kind], linestyle=linestyle, label=label, **wide)
     if shaded:
         axes.fill_between(ranks, errors.min(0), errors.max(0), color=COLOURS[kind], alpha=0.13, linewidth=0)
 
