@@ -110,10 +110,8 @@ def analyze(
     quiet_libraries()
     from ..analysis.loading import load_body, load_text_tokenizer
     from ..analysis.ranks import suggest_ranks as suggest
-    from ..analysis.results import make_folder, write_analysis, write_comparison
     from ..analysis.spectra import measure_spectra
     from ..data import DataConfig
-    from ..train.run import describe_run
     from .evaluate import choose_device
 
     place = choose_device(device)
@@ -139,6 +137,11 @@ def analyze(
                 )
             )
         del body
+
+    # Imported late: they weigh as much as a small model, which is gone by now.
+    from ..analysis.results import make_folder, write_analysis, write_comparison
+    from ..train.run import describe_run
+
     what = {"text": data if source.data == "python-library" else Path(data).name, "device": place, "dtype": dtype}
     if untrained:
         what["weights"] = f"untrained, seed {seed}"
