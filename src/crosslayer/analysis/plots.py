@@ -39,14 +39,12 @@ def draw_curves(spectra: Spectra, path: Path, title: str) -> None:
 def draw_maps(spectra: Spectra, path: Path, title: str) -> None:
     """Heat maps over layers and positions: errors at a quarter of the width, cosines, factors, effective ranks."""
     r = spectra.quarter
-    second = "learned" if "learned" in spectra.kinds else "unit"
-    name = {"learned": "$Y_l - b\\,Y_{l-1}$ (own $b$)", "unit": "$Y_l - Y_{l-1}$"}[second]
     maps: list[tuple[str, Callable[[LinearSpectra], float | None], dict[str, Any]]] = [
         (f"relative error of $Y_l$\nat rank {r}", lambda x: x.relative_error("output", r), SHARE),
         (f"error of $Y_l - b_0 Y_{{l-1}}$\nover that of $Y_l$, rank {r}", lambda x: x.ratio("least_squares", r), RATIO),
-        (f"error of {name}\nover that of $Y_l$, rank {r}", lambda x: x.ratio(second, r), RATIO),
+        (f"error of $Y_l - Y_{{l-1}}$\nover that of $Y_l$, rank {r}", lambda x: x.ratio("unit", r), RATIO),
         ("cosine of $Y_l$ and $Y_{l-1}$\n", lambda x: x.cosine, SIGNED),
-        ("least-squares factor $b_0$\n", lambda x: x.b0, SIGNED),
+        ("least-squares factor $b_0$\n", lambda x: x.b0, FACTOR),
         (
             "effective rank of $Y_l$\n(share of the width)",
             lambda x: x.effective_rank("output") / min(x.width, x.tokens),
@@ -179,6 +177,7 @@ def _draw_run(axes, health, log, b: dict[str, np.ndarray]) -> None:
 SHARE = {"cmap": "viridis_r", "vmin": 0.0, "vmax": 1.0, "format": "{:.2f}"}
 RATIO = {"cmap": "RdBu_r", "vmin": 0.0, "vmax": 2.0, "format": "{:.2f}"}
 SIGNED = {"cmap": "RdBu_r", "vmin": -1.0, "vmax": 1.0, "format": "{:.2f}"}
+FACTOR = {"cmap": "RdBu_r", "vmin": -2.0, "vmax": 2.0, "format": "{:.2f}"}
 CHANGE = {"cmap": "RdBu_r", "symmetric": True, "format": "{:+.2f}"}
 
 
