@@ -4,6 +4,7 @@ output_dir/
   recipe.yaml        the recipe as it ran          run.json       command, versions, device, plan
   checkpoint-N/      for --resume                  model/         the trained model and its tokenizer
   log.jsonl          one line per log              report.json, report.md, loss.png
+  health.jsonl       of a CR-Net, one line per log: b, increments and gradients by layer and position
 """
 
 import math
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ..accounting import count_parameters, dense_counterpart, estimate_training_memory, training_flops_per_token
+from ..analysis.health import HEALTH_FILE
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
 from ..errors import CheckpointError, ConfigError, TrainingError
@@ -235,6 +237,7 @@ def _train(
         block_size=recipe.data.block_size,
         validation_bytes=prepared.statistics.validation.bytes,
         write_card=lambda folder: write_card(folder, config, report),
+        health_file=output_dir / HEALTH_FILE,
     )
 
     checkpoint = last_complete_checkpoint(output_dir) if resume else None

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..accounting import peak_flops, training_flops_per_token
+from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient_norms, increment_ratios
 from ..crnet import CRNetConfig, CrossLayerLinear
 from ..errors import ConfigError, TrainingError
 from ..evaluate import measure_perplexity
@@ -112,13 +113,14 @@ class SafeTrainer(Trainer):
 
 
 class PretrainTrainer(SafeTrainer):
-    """SafeTrainer with four differences, each in one method.
+    """SafeTrainer with five differences, each in one method.
 
     - `create_optimizer`: learning-rate factors and weight decay by kind of parameter;
     - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
       Trainer is a mean of batch means);
     - `get_eval_dataloader`: the last, smaller batch too, whatever `dataloader_drop_last` says;
-    - `log`: tokens/s, model FLOPs utilisation, the range of beta and the drift of rebuilt states beside the loss.
+    - `log`: tokens/s, model FLOPs utilisation, the range of beta and the drift of rebuilt states beside the loss;
+    - `training_step`: hands a sequence to what writes a CR-Net's health by layer and position into `health_file`.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class PretrainTrainer(SafeTrainer):
         block_size: int,
         validation_bytes: int | None = None,
         write_card: Callable[[Path], None] | None = None,
+        health_file: Path | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -137,6 +140,12 @@ class PretrainTrainer(SafeTrainer):
         self.last_evaluation: dict[str, Any] | None = None
         self.throughput = _Throughput(block_size)
         self.add_callback(self.throughput)
+        self.health = None
+        if health_file is not None and cross_layer_linears(self.model):
+            self.health = _Health(
+                HealthLog(health_file), self.accelerator.unwrap_model, self.compute_loss_context_manager
+            )
+            self.add_callback(self.health)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -152,6 +161,8 @@ class PretrainTrainer(SafeTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
+        if self.health is not None:
+            self.health.inputs = inputs
         return loss
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -263,6 +274,56 @@ class _Throughput(TrainerCallback):
             flops = training_flops_per_token(cast(CRNetConfig, model.config), self.block_size)
             metrics["mfu"] = round(tokens_per_s * flops / peak / world, 4)
         return metrics
+
+
+class _Health(TrainerCallback):
+    """health.jsonl (analysis/health.py): one line at every logging step, nothing at the others.
+
+    Gradients are read before the optimizer takes them, that is after clipping.
+    """
+
+    def __init__(self, log: HealthLog, unwrap: Callable, autocast: Callable) -> None:
+        self.log = log
+        self.unwrap = unwrap
+        self.autocast = autocast
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, list[float]] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.log.cut(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if _will_log(args, state):
+            self.gradients = gradient_norms(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if not self.gradients:
+            return
+        model = self.unwrap(model)
+        sequence: dict[str, torch.Tensor] = {
+            name: self.inputs[name][:1].to(args.device) for name in ("input_ids", "position_ids") if name in self.inputs
+        }
+        with self.autocast():
+            ratios = increment_ratios(model, sequence)
+        record = {
+            "step": state.global_step,
+            "tokens": int(state.num_input_tokens_seen),
+            "b": b_values(model),
+            "increment_ratio": ratios,
+            "gradient_norm": self.gradients,
+        }
+        self.gradients, self.inputs = {}, {}
+        if state.is_world_process_zero:
+            self.log.append(record)
+
+
+def _will_log(args, state) -> bool:
+    """Whether the step under way, not counted yet, is one that the Trainer logs after."""
+    step = state.global_step + 1
+    if args.logging_strategy != "steps":
+        return False
+    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
 
 
 class StopWhenNotFinite(TrainerCallback):

@@ -1,0 +1,152 @@
+"""Training health of a CR-Net: b, increments, gradients and drift, layer by layer, while a run goes on.
+
+    Y_l = b Y_{l-1} + X A B        increment ratio = |X A B|_F / |b Y_{l-1}|_F
+
+Measured at logging steps only: b and the gradient norms are there already, the ratio takes one forward of one sequence
+in evaluation mode (so a memory policy's tape is neither used nor disturbed). One JSON line a log, in health.jsonl of
+the run's folder.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..crnet import CrossLayerLinear
+from ..crnet.configuration_crnet import POSITIONS
+from ..errors import CheckpointError
+
+HEALTH_FILE = "health.jsonl"
+Table = dict[str, list[float]]
+"""{position: [value in layer 1, 2, ...]}: the second layer (index 1) is the first that builds on another."""
+
+
+def cross_layer_linears(model: nn.Module) -> dict[str, list[CrossLayerLinear]]:
+    """{position: its cross-layer linears from the second layer on}; empty for a model that is no CR-Net."""
+    found: dict[str, list[CrossLayerLinear]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CrossLayerLinear):
+            position = name.rpartition(".")[2].removesuffix("_proj")
+            found.setdefault(position, []).append(module)
+    return {position: found[position] for position in POSITIONS if position in found}
+
+
+def b_values(model: nn.Module) -> Table:
+    """b = s(beta) (|beta| + eps) of every cross-layer linear."""
+
+    def b(module: CrossLayerLinear) -> torch.Tensor:
+        beta = _whole(module.beta)
+        return beta + torch.where(beta >= 0, module.beta_epsilon, -module.beta_epsilon)
+
+    return _table({p: [b(module) for module in modules] for p, modules in cross_layer_linears(model).items()})
+
+
+def gradient_norms(model: nn.Module) -> Table:
+    """Frobenius norm of the gradient of A and B together, as it lies in `.grad`; 0 where there is none."""
+
+    def norm(module: CrossLayerLinear) -> torch.Tensor:
+        gradients = [p.grad for p in (*module.A.parameters(), *module.B.parameters()) if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=module.beta.device)
+        return torch.stack([_whole(torch.linalg.vector_norm(g.float())) for g in gradients]).norm()
+
+    return _table({p: [norm(module) for module in modules] for p, modules in cross_layer_linears(model).items()})
+
+
+@torch.no_grad()
+def increment_ratios(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Table:
+    """|X A B|_F / |b Y_{l-1}|_F of every cross-layer linear on `inputs` (input_ids and what goes with them).
+
+    The model's mode is put back; nothing random is drawn in evaluation mode.
+    """
+    ratios: dict[CrossLayerLinear, torch.Tensor] = {}
+
+    def measure(module, arguments, output):
+        carried = module.b() * arguments[1]
+        increment = torch.linalg.vector_norm((output - carried).float())
+        ratios[module] = increment / torch.linalg.vector_norm(carried.float()).clamp_min(1e-30)
+
+    linears = cross_layer_linears(model)
+    hooks = [module.register_forward_hook(measure) for modules in linears.values() for module in modules]
+    was_training = model.training
+    try:
+        model.eval()
+        model(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return _table({p: [_whole(ratios[module]) for module in modules] for p, modules in linears.items()})
+
+
+class HealthLog:
+    """health.jsonl of a run: appended to while it trains, cut back to where a resumed run starts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut(self, step: int) -> None:
+        """Forget what was logged after `step`: the run goes on from there."""
+        if self.path.exists():
+            kept = [line for line in _lines(self.path) if line["step"] <= step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(self.path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_health(folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(lines of health.jsonl, lines of log.jsonl) of a run's folder.
+
+    Raises CheckpointError for a folder without them, such as the run of a model that is no CR-Net.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"run {str(folder)!r} does not exist; give the folder that `crosslayer pretrain` wrote")
+    health = list(_lines(folder / HEALTH_FILE)) if (folder / HEALTH_FILE).is_file() else []
+    if not health:
+        raise CheckpointError(
+            f"{str(folder)!r} holds no {HEALTH_FILE}; give the folder of a CR-Net run (factorization: cross_layer) "
+            "that has logged at least once"
+        )
+    log = list(_lines(folder / "log.jsonl")) if (folder / "log.jsonl").is_file() else []
+    return health, log
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # the last line of a run that was killed
+            return
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A 0-dim plain tensor; sharded ones (FSDP) are gathered."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().reshape(()).float()
+
+
+def _table(values: dict[str, list[torch.Tensor]]) -> Table:
+    """One transfer from the device for the whole table. Five significant digits are kept."""
+    if not values:
+        return {}
+    numbers = iter(torch.stack([value for row in values.values() for value in row]).tolist())
+    return {position: [float(f"{next(numbers):.5g}") for _ in row] for position, row in values.items()}
+
+
+__all__ = [
+    "HEALTH_FILE",
+    "HealthLog",
+    "b_values",
+    "cross_layer_linears",
+    "gradient_norms",
+    "increment_ratios",
+    "read_health",
+]
