@@ -10,7 +10,7 @@ import sys
 import typer
 
 from ..errors import CrossLayerError, TrainingError
-from . import bench, evaluate, generate, pretrain
+from . import bench, evaluate, generate, plan, pretrain
 
 app = typer.Typer(
     name="crosslayer",
@@ -26,6 +26,7 @@ ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=ANY_FIELD)(pretrain.pretrain)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
+app.command()(plan.plan)
 app.add_typer(bench.bench, name="bench")
 
 

@@ -80,8 +80,9 @@ def show_plan(plan) -> None:
         table.add_row("skipped", f"{plan.data['skipped']:,} files or lines that could not be read")
     table.add_row("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens / 1e6:,.1f}M tokens")
     table.add_row("operations", f"{plan.flops_per_token * plan.tokens:.2e} ({plan.flops_per_token:,} per token)")
-    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.estimated_memory_bytes.items())
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.estimated_memory_bytes.items() if size)
     estimate = sum(plan.estimated_memory_bytes.values()) / 2**20
+    table.add_row("recompute", plan.recompute)
     table.add_row("memory, estimated", f"{estimate:,.0f} MiB: {parts}")
     Console().print(table)
 
