@@ -90,13 +90,11 @@ def _products(shape: Shape, method: Method, layer_idx: int, T: int) -> Iterator[
     learns = method.adapter is None and method.optimizer != "relora"
     adapters = trained_beside(shape, method, layer_idx)
     below = method.adapter is None or layer_idx > 0  # whether anything below the layer wants a gradient
-    wanted = below  # the same for the tensor at hand
-    reads = dict.fromkeys(("q", "k", "v"), wanted)
-    outputs = {p: wanted or p in adapters for p in ("q", "k", "v")}
-    reads["o"] = wanted or any(outputs.values())
-    reads["gate"] = reads["up"] = reads["o"] or "o" in adapters
-    outputs["gate"], outputs["up"] = (reads["gate"] or p in adapters for p in ("gate", "up"))
-    reads["down"] = outputs["gate"] or outputs["up"]
+    reads = dict.fromkeys(("q", "k", "v"), below)
+    outputs = {p: reads[p] or p in adapters for p in ("q", "k", "v")}
+    reads["o"] = any(outputs.values())
+    reads["gate"] = reads["up"] = below or reads["o"] or "o" in adapters
+    reads["down"] = reads["gate"] or "gate" in adapters or "up" in adapters
     for position in POSITIONS:
         in_features, out_features = shape.linear_shape(position)
         rank = shape.linear_rank(layer_idx, position)
@@ -109,8 +107,9 @@ def _products(shape: Shape, method: Method, layer_idx: int, T: int) -> Iterator[
             yield "layers", adapters[position] * in_features, reads[position] + 1
             yield "layers", adapters[position] * out_features, 2
     per_product = T * shape.query_width
-    yield "attention", per_product, outputs["q"] + outputs["k"]
-    yield "attention", per_product, outputs["v"] + (outputs["q"] or outputs["k"])
+    wanted_by_attention = 2 * any(outputs[p] for p in ("q", "k", "v"))  # a fused kernel gives all or nothing
+    yield "attention", per_product, wanted_by_attention
+    yield "attention", per_product, wanted_by_attention
     if "block" in adapters:
         yield "layers", adapters["block"] * shape.hidden_size, below + 1
         yield "layers", adapters["block"] * shape.hidden_size, 2
