@@ -3,9 +3,7 @@
 import peft
 import pytest
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from crosslayer.accounting import Adapter, Method, Shape, count_operations, count_parameters, training_flops_per_token
 from crosslayer.accounting.flops import optimizer_operations
@@ -13,6 +11,7 @@ from crosslayer.accounting.shapes import POSITIONS
 from crosslayer.analysis import OperationCounter
 from crosslayer.crnet import CRNetForCausalLM
 from model_cases import config_of
+from peer_models import Residual, llama, sltrain_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 5, "rank": 16}
 ROWS, TOKENS = 2, 32
@@ -27,7 +26,9 @@ def counted(model, counter=OperationCounter):
 
 
 def trained(attention="sdpa", **fields):
-    return CRNetForCausalLM._from_config(config_of("cross_layer", **(WIDE | fields)), attn_implementation=attention).train()
+    return CRNetForCausalLM._from_config(
+        config_of("cross_layer", **(WIDE | fields)), attn_implementation=attention
+    ).train()
 
 
 @pytest.mark.parametrize("heads", [4, 2])
@@ -71,21 +72,17 @@ def test_the_check_can_fail():
     assert counted(model) != count_operations(model.config, TOKENS, Method(recompute="low_rank")).matrix_products
 
 
-def llama():
-    return LlamaForCausalLM(LlamaConfig(**{k: v for k, v in WIDE.items() if k != "rank"}, vocab_size=101))
-
-
 @pytest.mark.parametrize("positions", [("q", "v"), ("o",), ("gate", "down"), POSITIONS])
 def test_lora(positions):
     lora = peft.LoraConfig(r=6, target_modules=[f"{p}_proj" for p in positions])
-    model = peft.get_peft_model(llama(), lora).train()
+    model = peft.get_peft_model(llama(**WIDE), lora).train()
     method = Method(adapter=Adapter(rank=6, positions=positions))
     assert counted(model) == count_operations(model.config, TOKENS, method).matrix_products
 
 
 def test_relora():
     """LoRA on every matrix, with everything outside them trained too."""
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=6, target_modules="all-linear")).train()
+    model = peft.get_peft_model(llama(**WIDE), peft.LoraConfig(r=6, target_modules="all-linear")).train()
     for name, parameter in model.named_parameters():
         if not name.endswith("base_layer.weight"):
             parameter.requires_grad_(True)
@@ -93,74 +90,17 @@ def test_relora():
     assert counted(model) == count_operations(model.config, TOKENS, method).matrix_products
 
 
-class Residual(nn.Module):
-    """LoR2C around a block: h_out = block(h) + h A B."""
-
-    def __init__(self, block, width, rank):
-        super().__init__()
-        self.block = block
-        self.A, self.B = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
-        self.attention_type = getattr(block, "attention_type", None)
-
-    def forward(self, hidden_states, **arguments):
-        return self.block(hidden_states, **arguments) + self.B(self.A(hidden_states))
-
-
 @pytest.mark.parametrize("fused", [0, 1, 2])
 def test_lor2c(fused):
-    model = llama().train().requires_grad_(False)
+    model = llama(**WIDE).train().requires_grad_(False)
     for index in range(5 - fused):
         model.model.layers[index] = Residual(model.model.layers[index], 64, 6)
     method = Method(adapter=Adapter(kind="lor2c", rank=6, fused=fused))
     assert counted(model) == count_operations(model.config, TOKENS, method).matrix_products
 
 
-class SLTrainProduct(torch.autograd.Function):
-    """x (B A + S)^T; W is made for the forward and made again for the backward (arXiv 2406.02214)."""
-
-    @staticmethod
-    def forward(ctx, x, A, B, values, indices):
-        ctx.save_for_backward(x, A, B, values, indices)
-        return x @ SLTrainProduct.weight(A, B, values, indices).t()
-
-    @staticmethod
-    def weight(A, B, values, indices):
-        return (B @ A).view(-1).scatter_add(0, indices, values).view(B.shape[0], A.shape[1])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, A, B, values, indices = ctx.saved_tensors
-        W = SLTrainProduct.weight(A, B, values, indices)
-        dW = gradient.flatten(0, 1).t() @ x.flatten(0, 1)
-        return gradient @ W, B.t() @ dW, dW @ A.t(), dW.view(-1)[indices], None
-
-
-class SLTrainLinear(nn.Module):
-    def __init__(self, linear, rank, density):
-        super().__init__()
-        out_features, in_features = linear.weight.shape
-        self.A = nn.Parameter(torch.randn(rank, in_features) / in_features**0.5)
-        self.B = nn.Parameter(torch.randn(out_features, rank) / rank**0.5)
-        entries = int(density * in_features * out_features)
-        self.values = nn.Parameter(torch.zeros(entries))
-        self.register_buffer("indices", torch.randperm(in_features * out_features)[:entries])
-
-    def forward(self, x):
-        return SLTrainProduct.apply(x, self.A, self.B, self.values, self.indices)
-
-
-def sltrain_model(rank=16, density=0.03):
-    model = llama().train()
-    for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, SLTrainLinear(child, rank, density))
-    return model
-
-
 def test_sltrain():
-    model = sltrain_model()
+    model = sltrain_model(16, 0.03, **WIDE)
     shape = Shape.of(model.config).factorized("sltrain", 16, 0.03)
     assert sum(p.numel() for p in model.parameters()) == sum(count_parameters(shape).values())
     assert counted(model) == count_operations(shape, TOKENS, tokens=ROWS * TOKENS).matrix_products

@@ -400,9 +400,10 @@ class _Sizes:
             G = n * (state_bytes(self.shape, self.step) - hidden * self.carry)
             if not POLICY_KEEPS[self.method.recompute][0]:
                 G += n * p.products * max(self.shape.linear_rank(layer, q) or 0 for q in POSITIONS)  # X A, one by one
+            no_gate = self.shape.hidden_act == "linear"  # nothing lies between the gate and the product
             working = {
                 phase: n * self.carry * (widths.hidden_float32 * hidden + widths.mlp_float32 * mlp)
-                + n * p.weights * (widths.hidden * hidden + widths.mlp * mlp)
+                + n * p.weights * (widths.hidden * hidden + max(0.0, widths.mlp - no_gate) * mlp)
                 for phase, widths in _WORKING_SET.items()
             }
             if layer == self.layers - 1:
