@@ -115,16 +115,16 @@ def run_peak(config, method, rows, tokens):
     return fixed + allocated_peak(step)
 
 
-@pytest.mark.parametrize("share", [1.02, 0.7, 0.55])
+@pytest.mark.parametrize("share", [1.1, 0.7, 0.55])
 def test_what_is_recommended_fits_when_it_runs(share):
-    """The limit is a share of what `none` takes; the reserve of 3 % is the estimate's own error."""
+    """The limit is a share of what `none` takes, with 5 % in reserve, the error that the estimate may have."""
     config, rows, tokens = config_of("cross_layer", **TINY), 16, 64
     limit = share * run_peak(config, Method(), rows, tokens)
     request, shape, step = settings_of(config, limit)
-    fitting = [m for m in policies_of("cross_layer", 8) if sum(estimate_memory(shape, step, m).values()) <= limit]
+    fitting = [m for m in policies_of("cross_layer", 8) if sum(estimate_memory(shape, step, m).values()) <= 0.95 * limit]
     best = min(fitting, key=lambda method: count_operations(shape, tokens, method).total)
     assert (best.recompute == "none") == (share > 1)
-    assert run_peak(config, best, rows, tokens) <= limit * 1.03
+    assert run_peak(config, best, rows, tokens) <= limit
     if share < 1:
         assert run_peak(config, Method(), rows, tokens) > limit  # and the faster one would not
     planned = fastest(list_settings(shape, policies_of("cross_layer", 8), request))
