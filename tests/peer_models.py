@@ -57,7 +57,7 @@ class SLTrainLinear(nn.Module):
         return SLTrainProduct.apply(x, self.A, self.B, self.values, self.indices)
 
 
-def sltrain_model(rank, density, **fields):
+def sltrain_model(density, rank, **fields):
     model = llama(**fields)
     for layer in model.model.layers:
         for parent in (layer.self_attn, layer.mlp):

@@ -100,7 +100,7 @@ def test_lor2c(fused):
 
 
 def test_sltrain():
-    model = sltrain_model(16, 0.03, **WIDE)
+    model = sltrain_model(0.03, **WIDE)
     shape = Shape.of(model.config).factorized("sltrain", 16, 0.03)
     assert sum(p.numel() for p in model.parameters()) == sum(count_parameters(shape).values())
     assert counted(model) == count_operations(shape, TOKENS, tokens=ROWS * TOKENS).matrix_products

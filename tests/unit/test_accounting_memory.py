@@ -130,7 +130,7 @@ def test_saved_by_relora():
 
 
 def test_saved_by_sltrain():
-    model = sltrain_model(16, 0.03, **WIDE)
+    model = sltrain_model(0.03, **WIDE)
     assert_saved(model, Shape.of(model.config).factorized("sltrain", 16, 0.03), step_of(), Method())
 
 
