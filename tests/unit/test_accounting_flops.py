@@ -31,8 +31,7 @@ def trained(attention="sdpa", **fields):
     ).train()
 
 
-@pytest.mark.parametrize("heads", [4, 2])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("attention", "heads"), [("eager", 4), ("sdpa", 2)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("factorization", ["dense", "cola", "low_rank"])
 def test_on_autograd(factorization, checkpointing, attention, heads):
@@ -43,13 +42,12 @@ def test_on_autograd(factorization, checkpointing, attention, heads):
     assert counted(model) == count_operations(model.config, TOKENS, method).matrix_products
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("interval", [None, 2, 3])
 @pytest.mark.parametrize("policy", ["none", "low_rank", "replay", "reversible"])
-def test_with_every_memory_policy(policy, interval, attention):
+def test_with_every_memory_policy(policy, interval):
     if policy == "none" and interval:
         pytest.skip("has no interval")
-    model = trained(attention, recompute=policy, recompute_interval=interval)
+    model = trained(recompute=policy, recompute_interval=interval)
     expected = count_operations(model.config, TOKENS, Method(recompute=policy, interval=interval))
     assert counted(model) == expected.matrix_products
     plain = count_operations(model.config, TOKENS)
