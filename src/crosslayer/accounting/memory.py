@@ -247,19 +247,23 @@ def _saved_by_autograd(shape: Shape, step: Step, method: Method, layer_idx: int)
 
 @dataclass(frozen=True)
 class _Widths:
-    """Elements per token: `hidden` and `mlp` wide ones, in float32 and in the weights' dtype."""
+    """Elements per token: `hidden` and `mlp` wide ones, in float32 and in the weights' dtype; how many of the hidden
+    ones are really as wide as the keys."""
 
     hidden_float32: float
     hidden: float
     mlp_float32: float
     mlp: float
+    as_keys: float
 
 
 _WORKING_SET = {
-    # What CR-Net's own backward of a layer holds at its two peaks, beside the state and the gradient of its Y. Measured
-    # with torch's profiler of allocations over D 48..80, F 130..300, ranks 8..16, float32 and bf16.
-    "attention": _Widths(10.0, 3.2, 0.0, 0.0),
-    "mlp": _Widths(5.3, 0.0, 1.0, 4.0),
+    # What CR-Net's own backward of a layer holds at its peaks, its reused buffers among it, beside the state and the
+    # gradient of its Y: (phase, whether the policy inverts). Measured with torch's profiler of allocations over
+    # D 64..96, F 180..340, in float32, bf16 and autocast; linear in D and F to 1 %.
+    ("attention", False): _Widths(13.6, 0.0, 0.0, 3.0, as_keys=2.0),
+    ("attention", True): _Widths(13.3, 3.0, 0.0, 3.0, as_keys=5.0),
+    ("mlp", True): _Widths(9.5, 0.0, 4.0, 0.0, as_keys=2.0),
 }
 
 
@@ -400,14 +404,15 @@ class _Sizes:
             G = n * (state_bytes(self.shape, self.step) - hidden * self.carry)
             if not POLICY_KEEPS[self.method.recompute][0]:
                 G += n * p.products * max(self.shape.linear_rank(layer, q) or 0 for q in POSITIONS)  # X A, one by one
-            no_gate = self.shape.hidden_act == "linear"  # nothing lies between the gate and the product
+            inverts = POLICY_KEEPS[self.method.recompute][2]
+            narrower = hidden - self.shape.linear_shape("k")[1]
             working = {
-                phase: n * self.carry * (widths.hidden_float32 * hidden + widths.mlp_float32 * mlp)
-                + n * p.weights * (widths.hidden * hidden + max(0.0, widths.mlp - no_gate) * mlp)
-                for phase, widths in _WORKING_SET.items()
+                phase: n * self.carry * (widths.hidden_float32 * hidden - widths.as_keys * narrower)
+                + n * self.carry * widths.mlp_float32 * mlp
+                + n * p.weights * (widths.hidden * hidden + widths.mlp * mlp)
+                for (phase, of_inverting), widths in _WORKING_SET.items()
+                if of_inverting == inverts
             }
-            if layer == self.layers - 1:
-                del working["mlp"]  # there is no gradient from above yet
             return [(phase, states, G + size) for phase, size in working.items()]
         # The MLP's backward: d h; d product, d silu, d up; the product itself is freed by then.
         freed = mlp * p.products if self.method.adapter is None else 0.0

@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+from .adapters import lor2c_parameters, lora_parameters
 from .methods import Adapter, Method
 from .shapes import ATTENTION_POSITIONS, POSITIONS, Shape
 
@@ -56,18 +57,19 @@ def sparse_entries(shape: Shape, position: str) -> int:
 
 
 def count_adapter_parameters(config: Any, adapter: Adapter) -> int:
-    """Trainable parameters of LoRA, r (in + out) per linear, or LoR2C, 2 D r per block (arXiv 2503.00572)."""
+    """Trainable parameters of LoRA or LoR2C on a model of this shape, by the formulas of adapters.py."""
     shape = Shape.of(config)
-    layers, width = shape.num_hidden_layers, shape.hidden_size
-    lora = {p: sum(shape.linear_shape(p)) for p in POSITIONS}
+    layers, linears = shape.num_hidden_layers, [shape.linear_shape(position) for position in adapter.positions]
     if adapter.kind == "lora":
-        return layers * adapter.rank * sum(lora[p] for p in adapter.positions)
-    pairs = layers - adapter.fused - adapter.injected
-    own = pairs * adapter.rank * width
-    return (
-        own
-        + (adapter.rank * width if adapter.shared else own)
-        + adapter.injected * max(1, adapter.rank // 2) * sum(lora[p] for p in adapter.positions)
+        return lora_parameters(layers, linears, adapter.rank)
+    return lor2c_parameters(
+        shape.hidden_size,
+        layers,
+        adapter.rank,
+        adapter.shared,
+        adapter.fused,
+        adapter.injected,
+        inject_linears=linears,
     )
 
 
