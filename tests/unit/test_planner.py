@@ -1,6 +1,7 @@
 """Plans: what they recommend fits when it runs, costs what it says, and is the fastest; what they refuse."""
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -151,24 +152,25 @@ def test_order_of_policies_is_that_of_what_runs():
 
 @pytest.mark.slow
 def test_order_of_policies_is_that_of_the_clock():
-    """What is a tenth apart by operations is in order by CPU time: none before the rest, reversible after low_rank.
+    """What is a tenth apart by operations is in order by CPU time: none first, reversible last.
 
-    `replay` is 2 % from `low_rank` by operations, which no clock here resolves (docs/log.md: 1.15 and 1.16).
+    `replay` and `low_rank` are 2 % apart by operations, which a busy machine does not resolve.
     """
-    wide = {"hidden_size": 384, "intermediate_size": 1032, "rank": 96, "num_hidden_layers": 5}
+    wide = {"hidden_size": 512, "intermediate_size": 1376, "rank": 128}
     model = CRNetForCausalLM(config_of("cross_layer", **TINY | wide)).train()
     ids = torch.randint(3, 101, (1, 256))
     seconds = {policy: [] for policy in ("none", "replay", "low_rank", "reversible")}
-    for turn in range(6):
-        for policy in seconds:
+    for turn in range(9):
+        for policy in seconds if turn % 2 else reversed(seconds):
             model.set_recompute(policy)
+            model.zero_grad()
             step, started = make_step(model, ids), time.process_time()
             step()
-            if turn:
+            if turn > 1:
                 seconds[policy].append(time.process_time() - started)
-    ran = {policy: min(times) for policy, times in seconds.items()}
-    assert ran["none"] == min(ran.values())
-    assert ran["low_rank"] < ran["reversible"]
+    ran = {policy: statistics.median(times) for policy, times in seconds.items()}
+    assert ran["none"] == min(ran.values()), ran
+    assert ran["reversible"] == max(ran.values()), ran
 
 
 def test_recipe_lines_build(tmp_path):

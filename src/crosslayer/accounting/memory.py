@@ -292,8 +292,9 @@ class _Sizes:
         self.optimizer_temporary = 0.0 if step.fused_optimizer else self.trainable * p.states / self.shards
         self.communication = 0.0
         if s.fsdp and s.data > 1:
-            # Two layers' weights gathered (one computed, one on its way), and one layer's whole gradient.
-            self.communication = max(self.in_layer) * (2 * p.products + p.gradients)
+            # Two layers' weights gathered (one computed, one on its way), one layer's whole gradient; embeddings and head.
+            gathered = 2 * max(self.in_layer) + vocabulary * (1 + bool(self.counts["head"]))
+            self.communication = gathered * p.products + max(self.in_layer) * p.gradients
         elif s.data > 1:
             self.communication = self.trainable * p.gradients  # DDP's buckets
 
