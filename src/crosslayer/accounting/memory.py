@@ -292,7 +292,7 @@ class _Sizes:
         self.optimizer_temporary = 0.0 if step.fused_optimizer else self.trainable * p.states / self.shards
         self.communication = 0.0
         if s.fsdp and s.data > 1:
-            # Two layers' weights gathered (one computed, one on its way), one layer's whole gradient; embeddings and head.
+            # Weights of two layers (one computed, one on its way), embeddings and head; one layer's whole gradient.
             gathered = 2 * max(self.in_layer) + vocabulary * (1 + bool(self.counts["head"]))
             self.communication = gathered * p.products + max(self.in_layer) * p.gradients
         elif s.data > 1:
