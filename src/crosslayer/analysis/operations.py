@@ -21,9 +21,9 @@ class _NoModules:
 class OperationCounter(FlopCounterMode):
     """torch's `FlopCounterMode` without its breakdown by module; with `addmm_` and the CPU's fused attention.
 
-    The counter itself is a dispatch mode and sees everything. What fails in a backward that runs small backwards
-    inside (CR-Net's) is the tracker beside it: it hangs a multi-gradient hook on the inputs of every module, and that
-    hook asks the autograd engine about a leaf, which the engine refuses within `autograd.grad`.
+    The counter itself is a dispatch mode and sees everything. What fails in a backward that runs small backwards inside
+    is the tracker beside it: it hangs a multi-gradient hook on the inputs of every module, and that hook asks the
+    autograd engine about a leaf, which the engine refuses within `autograd.grad`.
     """
 
     def __init__(self) -> None:
