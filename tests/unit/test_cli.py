@@ -62,12 +62,12 @@ def test_help_is_quick_and_names_the_verbs():
     code = "import sys; sys.argv = ['crosslayer', '--help']; from crosslayer.cli import main\ntry: main()\n"
     code += "finally: print(sorted(set(sys.modules) & {'torch', 'transformers', 'datasets'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for verb in ("pretrain", "finetune", "evaluate", "generate"):
+    for verb in ("pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "bench"):
         assert verb in done.stdout
     assert done.stdout.strip().endswith("[]")  # nothing heavy was imported
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "finetune", "evaluate", "generate"])
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "bench"])
 def test_help_of_a_verb(run, verb):
     result = run(verb, "--help")
     assert result.code == 0

@@ -1,22 +1,40 @@
-"""What a model costs, by arithmetic from its configuration: parameters, floating-point operations, bytes."""
+"""What training costs, by arithmetic from a configuration: parameters, floating-point operations, bytes, plans.
+
+Nothing here imports torch or transformers, so that a plan is made at once and on any machine.
+"""
 
 from .adapters import lor2c_parameters, lora_parameters
-from .cost import (
-    activation_elements_per_token,
-    count_parameters,
-    dense_counterpart,
-    estimate_training_memory,
-    training_flops_per_token,
-)
-from .devices import peak_flops
+from .devices import DEVICES, Device, find_device, peak_flops
+from .flops import Operations, count_operations, training_flops_per_token
+from .memory import PRECISIONS, Precision, Sharding, Step, estimate_memory, method_of, saved_bytes
+from .methods import METHODS, Adapter, Method
+from .parameters import count_adapter_parameters, count_parameters, dense_counterpart
+from .shapes import SIZES, Shape, named_shape
 
 __all__ = [
-    "activation_elements_per_token",
+    "DEVICES",
+    "METHODS",
+    "PRECISIONS",
+    "SIZES",
+    "Adapter",
+    "Device",
+    "Method",
+    "Operations",
+    "Precision",
+    "Shape",
+    "Sharding",
+    "Step",
+    "count_adapter_parameters",
+    "count_operations",
     "count_parameters",
     "dense_counterpart",
-    "estimate_training_memory",
+    "estimate_memory",
+    "find_device",
     "lor2c_parameters",
     "lora_parameters",
+    "method_of",
+    "named_shape",
     "peak_flops",
+    "saved_bytes",
     "training_flops_per_token",
 ]

@@ -1,24 +1,60 @@
-"""Dense peak throughput of accelerators, for model FLOPs utilisation."""
+"""Accelerators: dense peak throughput, memory and its bandwidth, for utilisation and plans."""
 
-_PEAK_FLOPS_BF16 = {
-    # Dense bf16 tensor-core peaks from the vendor's data sheets (half of the figure "with sparsity").
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+import difflib
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Device:
+    """`flops`: dense bf16 operations per second; `memory`: bytes; `bandwidth`: bytes per second of that memory."""
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+DEVICES = {
+    # Dense bf16 tensor-core peaks from the vendor's data sheets (half of the figure "with sparsity"); the more special
+    # name first, since CUDA's names are searched for its words.
+    "b200": Device("B200", 2250e12, 180e9, 8.0e12),
+    "h200": Device("H200", 989e12, 141e9, 4.8e12),
+    "h100-pcie": Device("H100 PCIe", 756e12, 80e9, 2.0e12),
+    "h100-nvl": Device("H100 NVL", 835e12, 94e9, 3.9e12),
+    "h100": Device("H100", 989e12, 80e9, 3.35e12),
+    "a100": Device("A100", 312e12, 80e9, 2.0e12),
+    "l40s": Device("L40S", 362e12, 48e9, 0.864e12),
+    "l4": Device("L4", 121e12, 24e9, 0.3e12),
+    "a10": Device("A10", 125e12, 24e9, 0.6e12),
+    "rtx-4090": Device("RTX 4090", 165e12, 24e9, 1.008e12),
+    "rtx-3090": Device("RTX 3090", 71e12, 24e9, 0.936e12),
 }
+
+
+def find_device(name: str) -> Device:
+    """A device by its short name, h100, or the name that CUDA gives it. Raises ConfigError for an unknown one."""
+    key = name.lower().replace(" ", "-").replace("_", "-")
+    device = DEVICES.get(key) or _by_cuda_name(name)
+    if device is None:
+        near = difflib.get_close_matches(key, DEVICES, n=1, cutoff=0.5)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise ConfigError(f"device={name!r} is unknown{hint}; allowed: {', '.join(DEVICES)}")
+    return device
 
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 operations per second of a device by the name CUDA gives it; None when it is not in the table."""
-    for name, peak in _PEAK_FLOPS_BF16.items():
-        if all(word in device_name.split() or word in device_name for word in name.split()):
-            return peak
+    device = _by_cuda_name(device_name)
+    return None if device is None else device.flops
+
+
+def _by_cuda_name(device_name: str) -> Device | None:
+    for device in DEVICES.values():
+        if all(word in device_name.split() or word in device_name for word in device.name.split()):
+            return device
     return None
+
+
+__all__ = ["DEVICES", "Device", "find_device", "peak_flops"]

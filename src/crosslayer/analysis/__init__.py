@@ -1,5 +1,6 @@
-"""Looking into models: memory of activations, cross-layer spectra, ranks, the health of a run."""
+"""Looking into models: memory of activations, operations, cross-layer spectra, ranks, the health of a run."""
 
+from .operations import OperationCounter
 from .peak_memory import PeakMemory, measure_peak_memory
 from .positions import Position, find_positions
 from .ranks import SuggestedRanks, suggest_ranks
@@ -8,6 +9,7 @@ from .spectra import LinearSpectra, Spectra, measure_spectra
 
 __all__ = [
     "LinearSpectra",
+    "OperationCounter",
     "PeakMemory",
     "Position",
     "SavedActivations",

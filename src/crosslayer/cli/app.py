@@ -10,7 +10,7 @@ import sys
 import typer
 
 from ..errors import CrossLayerError, TrainingError
-from . import analyze, bench, evaluate, finetune, generate, pretrain
+from . import analyze, bench, evaluate, finetune, generate, plan, pretrain
 
 app = typer.Typer(
     name="crosslayer",
@@ -27,6 +27,7 @@ app.command(context_settings=ANY_FIELD)(pretrain.pretrain)
 app.command(context_settings=ANY_FIELD)(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
+app.command()(plan.plan)
 app.command()(analyze.analyze)
 app.add_typer(bench.bench, name="bench")
 

@@ -77,11 +77,12 @@ def show_plan(plan) -> None:
     ]
     if plan.data["skipped"]:
         rows.append(("skipped", f"{plan.data['skipped']:,} files or lines that could not be read"))
-    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.estimated_memory_bytes.items())
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.estimated_memory_bytes.items() if size)
     estimate = sum(plan.estimated_memory_bytes.values()) / 2**20
     rows += [
         ("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens / 1e6:,.1f}M tokens"),
         ("operations", f"{plan.flops_per_token * plan.tokens:.2e} ({plan.flops_per_token:,} per token)"),
+        ("recompute", plan.recompute),
         ("memory, estimated", f"{estimate:,.0f} MiB: {parts}"),
     ]
     print_table(plan.recipe, rows, frame=False)

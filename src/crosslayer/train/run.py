@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from ..accounting import count_parameters, dense_counterpart, estimate_training_memory, training_flops_per_token
+from ..accounting import count_parameters, dense_counterpart, estimate_memory, training_flops_per_token
 from ..analysis.health import HEALTH_FILE
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
 from ..errors import CheckpointError, ConfigError, TrainingError
+from .memory import choose_recompute, training_method, training_step
 from .recipe import Recipe, load_recipe
 from .report import RunReport, write_card, write_report
 from .run_folder import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 MODEL_FOLDER = "model"
+AUTO = "auto"
 
 
 @dataclass(kw_only=True)
@@ -53,6 +55,7 @@ class Plan:
     dense_parameters: int
     flops_per_token: int
     estimated_memory_bytes: dict[str, int]
+    recompute: str
     train_blocks: int | None
     block_size: int
     tokens_per_step: int
@@ -68,6 +71,10 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
     Raises ConfigError for a configuration that cannot be built, and for a `vocab_size` below the tokenizer's.
     """
     settings = dict(recipe.model)
+    if settings.get("recompute") == AUTO:  # decided by `pretrain`, once device and batch are known
+        settings["recompute"] = "none"
+        if settings.get("recompute_interval") is not None:
+            raise ConfigError("recompute=auto chooses the interval too; remove model.recompute_interval")
     if tokenizer is not None:
         settings.setdefault("vocab_size", len(tokenizer))
         # T5's tokenizer has 32,100 entries, the field's models 32,000: the rest are sentinels that no text yields.
@@ -115,7 +122,13 @@ def build_model(config: CRNetConfig, seed: int) -> CRNetForCausalLM:
     return model
 
 
-def make_plan(recipe: Recipe, config: CRNetConfig, prepared: PreparedData, arguments: "TrainingArguments") -> Plan:
+def make_plan(
+    recipe: Recipe,
+    config: CRNetConfig,
+    prepared: PreparedData,
+    arguments: "TrainingArguments",
+    recompute: str | None = None,
+) -> Plan:
     tokens_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     tokens_per_step *= recipe.data.block_size
     blocks = len(prepared.train) if hasattr(prepared.train, "__len__") else None
@@ -138,11 +151,10 @@ def make_plan(recipe: Recipe, config: CRNetConfig, prepared: PreparedData, argum
         parameters=count_parameters(config),
         dense_parameters=sum(count_parameters(dense_counterpart(config)).values()),
         flops_per_token=training_flops_per_token(config, recipe.data.block_size),
-        estimated_memory_bytes=estimate_training_memory(
-            config,
-            arguments.train_batch_size * recipe.data.block_size,
-            activation_bytes=2 if arguments.bf16 or arguments.fp16 else 4,
+        estimated_memory_bytes=estimate_memory(
+            config, training_step(arguments, recipe.data.block_size), training_method(config, arguments)
         ),
+        recompute=recompute or config.recompute,
         train_blocks=blocks,
         block_size=recipe.data.block_size,
         tokens_per_step=tokens_per_step,
@@ -184,7 +196,9 @@ def pretrain(
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
         prepared = prepare_data(recipe.data)
     config = build_model_config(recipe, prepared.tokenizer)
-    plan = make_plan(recipe, config, prepared, arguments)
+    is_auto = recipe.model.get("recompute") == AUTO
+    recompute = choose_recompute(config, arguments, recipe.data.block_size) if is_auto else None
+    plan = make_plan(recipe, config, prepared, arguments, recompute)
     if is_main_process():
         show_plan(plan)
     if dry_run:

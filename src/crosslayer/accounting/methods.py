@@ -1,0 +1,114 @@
+"""How a model is trained, as far as it costs anything: what is kept, which weights learn, which optimizer."""
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import ConfigError
+
+POLICY_KEEPS = {
+    # policy: (X A of every position, what attention left, inverts): the table of crnet/memory_policies.py, which a
+    # test compares; not imported, since that file needs torch.
+    "none": (True, True, False),
+    "low_rank": (True, False, True),
+    "replay": (True, False, False),
+    "reversible": (False, False, True),
+}
+
+
+def policy_interval(policy: str, asked: int | None, layers: int) -> int | None:
+    """A full state every so many layers; None: none between, for b near 1 (crnet/memory_policies.py)."""
+    if policy == "none":
+        return 1
+    if asked is None and policy == "replay":
+        return max(1, math.isqrt(max(layers - 2, 0)) + 1)
+    if asked is None and policy == "reversible":
+        return 8
+    return asked
+
+
+def keeps_state(policy: str, interval: int | None, layers: int, layer_idx: int) -> bool:
+    """Whether the state after a layer outlives the next one. The live state, of the last layer, is another matter."""
+    every = policy_interval(policy, interval, layers)
+    inverts = POLICY_KEEPS[policy][2]
+    return every is not None and layer_idx % every == 0 and (layer_idx > 0 or not inverts) and layer_idx < layers - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """LoRA (arXiv 2106.09685) or LoR2C (arXiv 2503.00572) on a frozen model.
+
+    LoRA: A and B of rank r at `positions`. LoR2C: one pair around each block; `shared` has one A for all blocks,
+    `fused` counts pairs joined with a neighbour's (two blocks, one pair), `injected` blocks whose pair gave way to
+    LoRA of rank r // 2 on q and v.
+    """
+
+    kind: Literal["lora", "lor2c"] = "lora"
+    rank: int = 8
+    positions: tuple[str, ...] = ("q", "v")
+    shared: bool = False
+    fused: int = 0
+    injected: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a step of training keeps and updates.
+
+    Args:
+        recompute: what is kept for the backward. "none": all that autograd, or CR-Net's own backward, wants; "layers":
+            whole layers are checkpointed; "cola_m": CoLA-M's segments (arXiv 2502.10940); "low_rank", "replay",
+            "reversible": CR-Net's policies (docs/memory.md).
+        interval: `recompute_interval` of the policy.
+        adapter: only it is trained; the model is frozen.
+        optimizer: adamw, adamw_8bit, galore, galore_8bit (arXiv 2403.03507), apollo, apollo_mini (arXiv 2412.05270),
+            relora (AdamW on factors beside frozen matrices, merged from time to time; arXiv 2307.05695).
+        optimizer_rank: rank of the projections; of ReLoRA's factors.
+    """
+
+    recompute: str = "none"
+    interval: int | None = None
+    adapter: Adapter | None = None
+    optimizer: str = "adamw"
+    optimizer_rank: int | None = None
+
+
+METHODS: dict[str, tuple[str, Method]] = {
+    # name: (factorization, how it is trained)
+    "dense": ("dense", Method()),
+    "dense_checkpointed": ("dense", Method(recompute="layers")),
+    "crnet": ("cross_layer", Method()),
+    "crnet_low_rank": ("cross_layer", Method(recompute="low_rank")),
+    "crnet_replay": ("cross_layer", Method(recompute="replay")),
+    "crnet_reversible": ("cross_layer", Method(recompute="reversible")),
+    "low_rank": ("low_rank", Method()),
+    "cola": ("cola", Method()),
+    "cola_checkpointed": ("cola", Method(recompute="layers")),
+    "cola_m": ("cola", Method(recompute="cola_m")),
+    "lora": ("dense", Method(adapter=Adapter())),
+    "lor2c": ("dense", Method(adapter=Adapter(kind="lor2c"))),
+    "share_lor2c": ("dense", Method(adapter=Adapter(kind="lor2c", shared=True))),
+    "merge_lor2c": ("dense", Method(adapter=Adapter(kind="lor2c", fused=1))),
+    "inject_lor2c": ("dense", Method(adapter=Adapter(kind="lor2c", injected=1))),
+    "im_lor2c": ("dense", Method(adapter=Adapter(kind="lor2c", fused=1, injected=3))),
+    "relora": ("dense", Method(optimizer="relora")),
+    "sltrain": ("sltrain", Method()),
+    "adamw_8bit": ("dense", Method(optimizer="adamw_8bit")),
+    "galore": ("dense", Method(optimizer="galore")),
+    "galore_8bit": ("dense", Method(optimizer="galore_8bit")),
+    "apollo": ("dense", Method(optimizer="apollo")),
+    "apollo_mini": ("dense", Method(optimizer="apollo_mini")),
+}
+
+
+def named_method(name: str) -> tuple[str, Method]:
+    """(factorization, Method). Raises ConfigError for a name that is not in `METHODS`, with the nearest one."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise ConfigError(f"method={name!r} is unknown{hint}; allowed: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "POLICY_KEEPS", "Adapter", "Method", "keeps_state", "named_method", "policy_interval"]

@@ -1,0 +1,490 @@
+"""Which setting to train in: memory policy, micro-batch and sharding that fit a device, and the fastest of them.
+
+Arithmetic alone: memory by `estimate_memory`, time by
+
+    seconds per token and device = (forward + backward + recompute operations) / (utilisation x peak of the device)
+
+with one utilisation for all. What that leaves out: the optimizer's own time, communication, and that a method with
+fewer operations per byte reaches a lower utilisation (docs/accounting.md has measurements).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import ConfigError
+from .devices import Device, find_device
+from .flops import count_operations, optimizer_operations
+from .memory import PRECISIONS, Precision, Sharding, Step, estimate_memory
+from .methods import METHODS, Adapter, Method, named_method, policy_interval
+from .parameters import count_parameters, count_trainable
+from .shapes import SIZES, Shape, named_shape
+
+DEFAULT_UTILISATION = 0.4
+DEFAULT_RESERVE = 0.08
+"""Share of a device's memory left to its context and to the allocator's gaps. Our choice."""
+TOKENS_PER_PARAMETER = 20
+"""Token budget where none is given: so many per parameter of the dense model (arXiv 2203.15556)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to run a step, and what it costs on each device."""
+
+    policy: str
+    interval: int | None
+    micro_batch: int
+    accumulation: int
+    sharding: str
+    tokens_per_step: int
+    memory_bytes: dict[str, int]
+    fits: bool
+    operations_per_token: dict[str, float]
+    tokens_per_s: float
+    days: float
+    device_hours: float
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+    @property
+    def label(self) -> str:
+        return self.policy if self.interval is None else f"{self.policy} every {self.interval}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "peak_bytes": self.peak_bytes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """A setting, why it is the one, and the lines of a recipe that ask for it."""
+
+    method: str
+    parameters: int
+    setting: Setting
+    reason: str
+    recipe: dict[str, dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "setting": self.setting.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """The answer of `make_plan`; `to_dict` is what `crosslayer plan --json` prints."""
+
+    model: str
+    method: str
+    rank: int | None
+    parameters: int
+    trainable: int
+    device: str
+    peak_flops: float
+    utilisation: float
+    gpus: int
+    gpu_memory_bytes: float
+    usable_bytes: float
+    precision: str
+    sequence: int
+    tokens: int
+    settings: list[Setting]
+    recommended: Recommendation
+    beside: dict[str, Recommendation | str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "settings": [setting.to_dict() for setting in self.settings],
+            "recommended": self.recommended.to_dict(),
+            "beside": {
+                name: found if isinstance(found, str) else found.to_dict() for name, found in self.beside.items()
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a plan is made for, checked.
+
+    Args:
+        gpus, gpu_memory, device: so many devices of such a kind, bytes of each.
+        sequence, tokens_per_step: tokens of a sequence, and of an optimizer step over all devices (about: it becomes a
+            whole number of micro-batches).
+        tokens: of the whole training.
+        precision: a name of `PRECISIONS`.
+        utilisation: share of the device's peak that operations run at.
+        reserve: share of the memory that is left alone.
+        tensor_parallel: devices that split each layer.
+        sharding: "auto" (DDP where something fits, else FSDP), "ddp" or "fsdp".
+    """
+
+    device: Device
+    gpus: int = 1
+    gpu_memory: float = 0.0
+    sequence: int = 1024
+    tokens_per_step: float = 0.0
+    tokens: float = 0.0
+    precision: str = "bf16_autocast"
+    utilisation: float = DEFAULT_UTILISATION
+    reserve: float = DEFAULT_RESERVE
+    tensor_parallel: int = 1
+    sharding: str = "auto"
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={value}: give {allowed}"
+            for name, value, is_fine, allowed in (
+                ("gpus", self.gpus, self.gpus >= 1, "at least 1"),
+                ("gpu_memory", self.gpu_memory, self.gpu_memory > 0, "more than 0, such as 80GB"),
+                ("sequence", self.sequence, self.sequence >= 1, "at least 1"),
+                ("tokens", self.tokens, self.tokens > 0, "more than 0, such as 20B"),
+                ("utilisation", self.utilisation, 0 < self.utilisation <= 1, "a share above 0, at most 1"),
+                ("reserve", self.reserve, 0 <= self.reserve < 1, "a share of at least 0, below 1"),
+                ("tensor_parallel", self.tensor_parallel, self.tensor_parallel >= 1, "at least 1"),
+                ("sharding", repr(self.sharding), self.sharding in ("auto", "ddp", "fsdp"), "auto, ddp or fsdp"),
+                ("precision", repr(self.precision), self.precision in PRECISIONS, ", ".join(PRECISIONS)),
+            )
+            if not is_fine
+        ]
+        if not problems and self.gpus % self.tensor_parallel:
+            problems.append(f"tensor_parallel={self.tensor_parallel} does not divide gpus={self.gpus}")
+        if not problems and self.tokens_per_step < self.sequence * self.replicas:
+            problems.append(
+                f"tokens_per_step={self.tokens_per_step:,.0f} is less than one sequence of {self.sequence:,} tokens on "
+                f"each of {self.replicas} replicas: give at least {self.sequence * self.replicas:,}, a shorter "
+                "sequence or fewer gpus"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def replicas(self) -> int:
+        return self.gpus // self.tensor_parallel
+
+    @property
+    def usable(self) -> float:
+        return self.gpu_memory * (1 - self.reserve)
+
+    @property
+    def peak_flops(self) -> float:
+        """Of the matrix products: TF32, which float32 products may use, has half of bf16's on the data sheets."""
+        return self.device.flops / (2 if PRECISIONS[self.precision].products == 4 else 1)
+
+
+def make_plan(
+    model: str | Mapping[str, Any] | Shape,
+    method: str = "crnet",
+    *,
+    device: str | None = None,
+    gpu_memory: float | None = None,
+    rank: int | None = None,
+    tokens_per_step: float = 1e6,
+    tokens: float | None = None,
+    beside: Iterable[str] = ("dense", "cola", "galore"),
+    name: str | None = None,
+    **request: Any,
+) -> MemoryPlan:
+    """Plan a training.
+
+    Args:
+        model: a name of `SIZES`, a `Shape`, or the fields of a configuration.
+        method: a name of `METHODS`; "crnet" tries all memory policies, others with and without checkpointing.
+        device: a name of `DEVICES`; h100 by default.
+        gpu_memory: bytes of each device; the device's own by default.
+        rank: of the low-rank linears, of GaLore's and APOLLO's projections, of adapters; hidden_size // 4 (8 for
+            adapters) by default.
+        tokens: budget; 20 per parameter of the dense model by default.
+        beside: other methods to plan for in the same place.
+        request: further fields of `Request`.
+
+    Raises ConfigError for an unknown model, method or device, for a rank that does not fit, and when nothing fits: the
+    message says what the smallest setting needs.
+    """
+    base = named_shape(model) if isinstance(model, str) else Shape.of(model)
+    chosen = find_device(device or "h100")
+    tokens = (
+        TOKENS_PER_PARAMETER * sum(count_parameters(base.factorized("dense")).values()) if tokens is None else tokens
+    )
+    asked = Request(
+        device=chosen,
+        gpu_memory=chosen.memory if gpu_memory is None else gpu_memory,
+        tokens_per_step=tokens_per_step,
+        tokens=tokens,
+        **request,
+    )
+    shape, candidates = _candidates(base, method, rank)
+    settings = list_settings(shape, candidates, asked)
+    recommended = recommend(method, shape, candidates[0], settings, asked, rank)
+    others: dict[str, Recommendation | str] = {}
+    for other in beside:
+        if other == method:
+            continue
+        try:
+            other_shape, others_candidates = _candidates(base, other, rank)
+            others[other] = recommend(
+                other,
+                other_shape,
+                others_candidates[0],
+                list_settings(other_shape, others_candidates, asked),
+                asked,
+                rank,
+            )
+        except ConfigError as error:
+            others[other] = str(error)
+    return MemoryPlan(
+        model=name or (model if isinstance(model, str) else "the given model"),
+        method=method,
+        rank=_rank_of(shape, candidates[0], rank),
+        parameters=sum(count_parameters(shape).values()),
+        trainable=count_trainable(shape, candidates[0]),
+        device=chosen.name,
+        peak_flops=asked.peak_flops,
+        utilisation=asked.utilisation,
+        gpus=asked.gpus,
+        gpu_memory_bytes=asked.gpu_memory,
+        usable_bytes=asked.usable,
+        precision=asked.precision,
+        sequence=asked.sequence,
+        tokens=round(asked.tokens),
+        settings=settings,
+        recommended=recommended,
+        beside=others,
+    )
+
+
+def policies_of(factorization: str, layers: int) -> list[Method]:
+    """What may be kept, fewest operations first."""
+    if factorization != "cross_layer":
+        return [Method(), Method(recompute="layers")]
+    inverting = [Method(recompute="low_rank"), Method(recompute="reversible")]
+    return [Method(), Method(recompute="replay"), *inverting, Method(recompute="reversible", interval=layers)]
+
+
+def list_settings(shape: Shape, candidates: list[Method], request: Request) -> list[Setting]:
+    """Every policy with micro-batches 1, 2, 4, ..., up to the first that does not fit.
+
+    Under DDP, or under FSDP where that makes room for something faster, or for anything at all.
+    """
+    kinds = {"auto": ("ddp", "fsdp"), "ddp": ("ddp",), "fsdp": ("fsdp",)}[request.sharding]
+    if request.replicas == 1:
+        kinds = ("ddp",)
+    elif candidates[0].optimizer.startswith(("galore", "apollo")):
+        kinds = ("ddp",)  # their projections want a matrix's whole gradient
+    found = [
+        [setting for method in candidates for setting in _micro_batches(shape, method, request, kind)] for kind in kinds
+    ]
+
+    def speed(settings: list[Setting]) -> float:
+        best = fastest(settings)
+        return 0.0 if best is None else round(best.tokens_per_s, 6)
+
+    best = max(found, key=speed)  # the first of equals
+    return best if speed(best) else found[-1]
+
+
+def _micro_batches(shape: Shape, method: Method, request: Request, kind: str) -> Iterable[Setting]:
+    largest = max(1, round(request.tokens_per_step / (request.replicas * request.sequence)))
+    micro_batch = 1
+    while micro_batch <= largest:
+        setting = make_setting(shape, method, request, kind, micro_batch)
+        yield setting
+        if not setting.fits:
+            return
+        micro_batch *= 2
+
+
+def make_setting(shape: Shape, method: Method, request: Request, kind: str, micro_batch: int) -> Setting:
+    accumulation = max(1, round(request.tokens_per_step / (request.replicas * request.sequence * micro_batch)))
+    step = Step(
+        sequence=request.sequence,
+        micro_batch=micro_batch,
+        precision=PRECISIONS[request.precision],
+        sharding=Sharding(data=request.replicas, tensor=request.tensor_parallel, fsdp=kind == "fsdp"),
+        accumulates=accumulation > 1,
+    )
+    memory = estimate_memory(shape, step, method)
+    operations = count_operations(shape, request.sequence, method, tokens=step.tokens)
+    tokens_per_step = request.replicas * request.sequence * micro_batch * accumulation
+    per_token = operations.total + optimizer_operations(shape, method) / tokens_per_step
+    tokens_per_s = request.gpus * request.utilisation * request.peak_flops / per_token
+    seconds = request.tokens / tokens_per_s
+    return Setting(
+        policy=method.recompute,
+        interval=method.interval
+        if method.recompute in ("none", "low_rank", "layers")
+        else policy_interval(method.recompute, method.interval, shape.num_hidden_layers),
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        sharding=kind if request.replicas > 1 else "none",
+        tokens_per_step=tokens_per_step,
+        memory_bytes=memory,
+        fits=sum(memory.values()) <= request.usable,
+        operations_per_token={
+            "forward": sum(operations.forward.values()),
+            "backward": sum(operations.backward.values()),
+            "recompute": sum(operations.recompute.values()),
+        },
+        tokens_per_s=tokens_per_s,
+        days=seconds / 86400,
+        device_hours=seconds / 3600 * request.gpus,
+    )
+
+
+def fastest(settings: Iterable[Setting]) -> Setting | None:
+    """The fastest that fits; among equals the largest micro-batch, which needs the fewest launches and gathers."""
+    fitting = [setting for setting in settings if setting.fits]
+    return max(fitting, key=lambda s: (round(s.tokens_per_s, 6), s.micro_batch), default=None)
+
+
+def recommend(
+    method: str, shape: Shape, trained: Method, settings: list[Setting], request: Request, rank: int | None
+) -> Recommendation:
+    """The fastest that fits. Raises ConfigError when nothing does, with the smallest that would."""
+    best = fastest(settings)
+    if best is None:
+        smallest = min(settings, key=lambda s: s.peak_bytes)
+        needed = smallest.peak_bytes / (1 - request.reserve)
+        raise ConfigError(
+            f"{method} does not fit in {show_bytes(request.gpu_memory)} on each of {request.gpus}: the smallest "
+            f"setting (recompute {smallest.label}, micro-batch {smallest.micro_batch}"
+            f"{', FSDP' if smallest.sharding == 'fsdp' else ''}) needs {show_bytes(needed)} with "
+            f"{request.reserve:.0%} in reserve; give more memory or gpus, a shorter sequence, or a smaller model"
+        )
+    return Recommendation(
+        method=method,
+        parameters=sum(count_parameters(shape).values()),
+        setting=best,
+        reason=_reason(best, settings),
+        recipe=_recipe(shape, trained, best, request),
+    )
+
+
+def _reason(best: Setting, settings: list[Setting]) -> str:
+    policies = {s.label: s for s in settings if s.micro_batch == 1}
+    faster = [s for s in policies.values() if s.tokens_per_s > best.tokens_per_s * (1 + 1e-9)]
+    reason = f"the fastest that fits, with the largest micro-batch of {best.micro_batch}"
+    if not faster:
+        return f"{reason}: nothing has to be run again" if best.operations_per_token["recompute"] == 0 else reason
+    missed = ", ".join(
+        f"{s.label} would need {show_bytes(s.peak_bytes)} at micro-batch {s.micro_batch}" for s in faster
+    )
+    return f"{reason}; {missed}"
+
+
+_TRAINER_OPTIMIZERS = {
+    "adamw_8bit": "adamw_bnb_8bit",
+    "galore": "galore_adamw",
+    "galore_8bit": "galore_adamw_8bit",
+    "apollo": "apollo_adamw",
+    "apollo_mini": "apollo_adamw",
+}
+
+
+def _recipe(shape: Shape, trained: Method, best: Setting, request: Request) -> dict[str, dict[str, Any]]:
+    """Lines of a recipe, by section; none for what `crosslayer pretrain` does not train (adapters, SLTrain, ReLoRA)."""
+    if shape.factorization == "sltrain" or trained.adapter is not None or trained.optimizer == "relora":
+        return {}
+    model: dict[str, Any] = {"factorization": shape.factorization}
+    if shape.factorization != "dense":
+        model["rank"] = shape.ranks[-1][0]
+    training: dict[str, Any] = {
+        "per_device_train_batch_size": best.micro_batch,
+        "gradient_accumulation_steps": best.accumulation,
+    }
+    if best.policy == "layers":
+        training["activation_checkpointing"] = True
+    elif shape.factorization == "cross_layer":
+        model["recompute"] = best.policy
+        if best.interval is not None and best.policy != "none":
+            model["recompute_interval"] = best.interval
+    if PRECISIONS[request.precision] == PRECISIONS["bf16_autocast"]:
+        training["bf16"] = True
+    if best.sharding == "fsdp":
+        training["fsdp"] = True
+    if trained.optimizer in _TRAINER_OPTIMIZERS:
+        training["optim"] = _TRAINER_OPTIMIZERS[trained.optimizer]
+        if trained.optimizer != "adamw_8bit":
+            training["optim_target_modules"] = ["self_attn", "mlp"]
+            training["optim_args"] = (
+                f"rank={1 if trained.optimizer == 'apollo_mini' else _rank_of(shape, trained, None)}"
+            )
+    return {"model": model, "data": {"block_size": request.sequence}, "training": training}
+
+
+def _candidates(base: Shape, name: str, rank: int | None) -> tuple[Shape, list[Method]]:
+    """The model of a method, and what it may keep."""
+    factorization, trained = named_method(name)
+    density = 0.03 if factorization == "sltrain" else 0.0  # SLTrain's scripts
+    is_its_own = base.factorization == factorization and rank is None and any(r for row in base.ranks for r in row)
+    of_layers = rank if factorization in ("cross_layer", "low_rank", "cola", "sltrain") else None
+    shape = base if is_its_own else base.factorized(factorization, of_layers, density)
+    if trained.adapter is not None and rank is not None:
+        trained = replace(trained, adapter=replace(trained.adapter, rank=rank))
+    if trained.optimizer not in ("adamw", "adamw_8bit") and rank is not None:
+        trained = replace(trained, optimizer_rank=rank)
+    if trained.recompute != "none":
+        return shape, [trained]
+    policies = policies_of(factorization, shape.num_hidden_layers)
+    return shape, [replace(trained, recompute=policy.recompute, interval=policy.interval) for policy in policies]
+
+
+def _rank_of(shape: Shape, trained: Method, asked: int | None) -> int | None:
+    if trained.adapter is not None:
+        return trained.adapter.rank
+    if shape.factorization != "dense":
+        return shape.ranks[-1][0]
+    if trained.optimizer in ("adamw", "adamw_8bit"):
+        return None
+    return asked or trained.optimizer_rank or shape.hidden_size // 4
+
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+
+
+def parse_tokens(text: str, name: str = "tokens") -> float:
+    """1M, 500k, 2.5B, 1_000_000 -> a number. Raises ConfigError."""
+    match = re.fullmatch(r"\s*([\d_.,]+(?:e\d+)?)\s*([kmbgt]?)\s*", text.lower())
+    try:
+        assert match is not None
+        return float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2]]
+    except (AssertionError, ValueError):
+        raise ConfigError(f"{name}={text!r} is not a number of tokens; write 1M, 500k, 20B or 1000000") from None
+
+
+def parse_bytes(text: str, name: str = "gpu_memory") -> float:
+    """80GB (10^9), 80GiB (2^30), 512MB -> bytes. Raises ConfigError."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt])(i?)b?\s*", text.lower())
+    try:
+        assert match is not None
+        power = "kmgt".index(match[2]) + 1
+        return float(match[1]) * (1024**power if match[3] else 1000**power)
+    except (AssertionError, ValueError):
+        raise ConfigError(f"{name}={text!r} is not a size of memory; write 80GB, 80GiB or 512MB") from None
+
+
+def show_bytes(size: float) -> str:
+    """In GB, or MB below one."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+__all__ = [
+    "METHODS",
+    "SIZES",
+    "Adapter",
+    "MemoryPlan",
+    "Precision",
+    "Recommendation",
+    "Request",
+    "Setting",
+    "fastest",
+    "list_settings",
+    "make_plan",
+    "make_setting",
+    "parse_bytes",
+    "parse_tokens",
+    "policies_of",
+    "recommend",
+    "show_bytes",
+]

@@ -1,0 +1,86 @@
+"""What a run costs in memory: transformers' TrainingArguments in the words of `crosslayer.accounting`."""
+
+import os
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from ..accounting import Method, Precision, Sharding, Step, count_operations, estimate_memory, method_of
+from ..accounting.planner import DEFAULT_RESERVE, policies_of, show_bytes
+from ..crnet import CRNetConfig
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# The optimizers of the Trainer that keep something else than two moments of every parameter.
+_OPTIMIZERS = {
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_torch_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "adamw_8bit",
+    "galore_adamw": "galore",
+    "galore_adamw_8bit": "galore_8bit",
+    "apollo_adamw": "apollo",
+}
+
+
+def training_step(arguments: "TrainingArguments", block_size: int) -> Step:
+    """One micro-batch on one device, as the Trainer runs our models (fused loss; float32 weights under autocast)."""
+    half = arguments.bf16 or arguments.fp16
+    return Step(
+        sequence=block_size,
+        micro_batch=arguments.train_batch_size,
+        precision=Precision(products=2 if half else 4),
+        sharding=Sharding(data=arguments.world_size, fsdp=bool(arguments.fsdp)),
+        fused_norms=arguments.device.type == "cuda",
+        fused_optimizer="fused" in str(getattr(arguments.optim, "value", arguments.optim)),
+        accumulates=arguments.gradient_accumulation_steps > 1,
+    )
+
+
+def training_method(config: CRNetConfig, arguments: "TrainingArguments") -> Method:
+    """The memory policy and the optimizer of a run."""
+    optimizer = _OPTIMIZERS.get(str(getattr(arguments.optim, "value", arguments.optim)), "adamw")
+    return method_of(config, checkpointing=bool(arguments.activation_checkpointing), optimizer=optimizer)
+
+
+def choose_recompute(config: CRNetConfig, arguments: "TrainingArguments", block_size: int) -> str:
+    """`recompute: auto`: the fastest policy whose estimated peak fits the device at hand; returns why, in words.
+
+    Writes `recompute` and `recompute_interval` of the configuration, or, where layers do not build on one another,
+    `activation_checkpointing` of the arguments. Raises ConfigError when nothing fits, with the smallest peak.
+    """
+    limit = available_memory(arguments.device) * (1 - DEFAULT_RESERVE)
+    step = training_step(arguments, block_size)
+    optimizer = training_method(config, arguments).optimizer
+    found = []
+    for policy in policies_of(config.factorization, config.num_hidden_layers):
+        method = Method(recompute=policy.recompute, interval=policy.interval, optimizer=optimizer)
+        found.append((sum(estimate_memory(config, step, method).values()), method))
+    fitting = [(size, method) for size, method in found if size <= limit]
+    if not fitting:
+        size, method = min(found, key=lambda pair: pair[0])
+        raise ConfigError(
+            f"recompute=auto: nothing fits in the {show_bytes(limit)} of {arguments.device} that may be used; the "
+            f"smallest, {method.recompute}, needs {show_bytes(size)}; lower per_device_train_batch_size="
+            f"{arguments.per_device_train_batch_size} or block_size={block_size}"
+        )
+    size, method = min(fitting, key=lambda pair: count_operations(config, block_size, pair[1]).total)
+    if config.factorization == "cross_layer":
+        config.recompute, config.recompute_interval = method.recompute, method.interval  # type: ignore[assignment]
+    else:
+        arguments.activation_checkpointing = method.recompute == "layers"
+        arguments.gradient_checkpointing = arguments.activation_checkpointing
+    return (
+        f"{method.recompute}: the fastest of {len(found)} whose estimated peak, {show_bytes(size)}, fits the "
+        f"{show_bytes(limit)} of {arguments.device} that may be used"
+    )
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device; of a CPU, what is free now, shared out among the processes on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
