@@ -10,8 +10,8 @@ afterwards, when it is known how long it lived:
 
 On a CPU the peak equals that of torch's profiler, which asks the allocator, but for a kernel's own scratch memory.
 torch's MemTracker finds the same peak under plain autograd; under a memory policy its hooks kept states alive that were
-dropped (5 to 8 % too much at 12 layers), and it names storages by when they were made, so that what a forward drops at once
-is an activation: tests/parity/test_peak_memory_witnesses.py. On CUDA the allocator has the last word on the peak:
+dropped (5 to 8 % too much at 12 layers), and it names storages by when they were made, so that what a forward drops at
+once is an activation: tests/parity/test_peak_memory_witnesses.py. On CUDA the allocator has the last word on the peak:
 `temporary` is corrected by what kernels take within themselves and by rounding.
 """
 
