@@ -210,6 +210,25 @@ def test_gradients_of_first_and_second_order():
     assert torch.autograd.gradgradcheck(call, (x, previous, *parameters))
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 1, 48)])
+@torch.no_grad()
+def test_one_row_in_decoding(activation, shape):
+    """A single row takes another way: the same numbers, and a watched B is still asked."""
+    x = torch.randn(shape, dtype=torch.float64)
+    for beta in (1.0, 0.0, -0.7):
+        linear = linear_of(activation=activation, beta=beta)
+        previous = torch.randn(*shape[:-1], 130, dtype=torch.float64)
+        assert_close(linear(x, previous), formula(linear, x, previous))
+        assert linear(x, previous).shape == previous.shape
+    low_rank = LowRankLinear(48, 130, 7, activation=activation).double()
+    assert_close(low_rank(x), low_rank.B(low_rank.low_rank(x)))
+    calls = []
+    linear.B.register_forward_hook(lambda *_: calls.append(1))
+    linear(x, previous)
+    assert calls
+
+
 def test_replaced_or_watched_factors_are_asked():
     """A hook on B, a subclass in its place, a parametrization of A: none is bypassed."""
 
