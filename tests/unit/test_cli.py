@@ -67,9 +67,11 @@ def test_help_is_quick_and_names_the_verbs():
     assert done.stdout.strip().endswith("[]")  # nothing heavy was imported
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "bench"])
+@pytest.mark.parametrize(
+    "verb", ["pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "bench memory", "bench speed"]
+)
 def test_help_of_a_verb(run, verb):
-    result = run(verb, "--help")
+    result = run(*verb.split(), "--help")
     assert result.code == 0
     assert "--json" in result.out
 
