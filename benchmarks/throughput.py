@@ -9,17 +9,15 @@ transformers' Llama. Every contender takes its loss the same way (transformers' 
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CrossLayerLinear
+from crosslayer.crnet import CrossLayerLinear
+from crosslayer.evaluate.contenders import METHODS, Contenders
+from crosslayer.evaluate.speed import matrix_operations, take_turns, training_rows, training_step
 from crosslayer.train.run import describe_run
 
 SHAPE = {
@@ -47,32 +45,15 @@ def plain_forward(self, x, previous):
     return self.b() * previous + self.B(self.A(x))
 
 
-def contenders(shape: dict) -> dict[str, torch.nn.Module]:
-    torch.manual_seed(0)
-    models = {
-        "transformers Llama": LlamaForCausalLM(LlamaConfig(**shape)),
-        "dense": CRNetForCausalLM(CRNetConfig(**shape, factorization="dense")),
-        "CR-Net": CRNetForCausalLM(CRNetConfig(**shape)),
-        "CR-Net written plainly": CRNetForCausalLM(CRNetConfig(**shape)),
-        "CoLA": CRNetForCausalLM(CRNetConfig(**shape, factorization="cola")),
-    }
-    plain = models["CR-Net written plainly"]
+def build(shape: dict) -> dict[str, torch.nn.Module]:
+    models = {METHODS[m].label: Contenders(shape, [m]).model(m) for m in ("llama", "dense", "crnet", "cola")}
+    plain = Contenders(shape, ["crnet"]).model("crnet")
     plain.model._uses_tape = lambda *_: False  # ordinary autograd throughout
     for module in plain.modules():
         if isinstance(module, CrossLayerLinear):
             module.forward = plain_forward.__get__(module)
-    return models
-
-
-def make_step(model: torch.nn.Module, ids: torch.Tensor):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    cola = models.pop("CoLA")
+    return {**models, "CR-Net written plainly": plain, "CoLA": cola}
 
 
 def where_time_goes(step) -> dict[str, float]:
@@ -98,39 +79,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     ids = torch.randint(SHAPE["vocab_size"], (options.batch, options.sequence))
-    models = contenders(SHAPE)
-    steps = {name: make_step(model.train(), ids) for name, model in models.items()}
-    operations = {}
-    for name, model in models.items():
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(input_ids=ids, labels=ids, use_cache=False)
-        operations[name] = 3 * counter.get_total_flops()  # backward: twice the forward
-
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(options.steps + 2):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - started)
-
-    reference = "transformers Llama"
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    rows = {}
-    for name, times in seconds.items():
-        quantiles = statistics.quantiles(times, n=5)
-        rows[name] = {
-            "tokens_per_s": round(ids.numel() / medians[name], 1),
-            "step_s": {
-                "median": round(medians[name], 4),
-                "p20": round(quantiles[0], 4),
-                "p80": round(quantiles[-1], 4),
-            },
-            "speed_over_llama": round(medians[reference] / medians[name], 3),
-            "matrix_operations": operations[name],
-            "speed_if_operations_decided": round(operations[reference] / operations[name], 3),
-            "parameters": sum(parameter.numel() for parameter in models[name].parameters()),
-        }
+    models = build(SHAPE)
+    steps = {name: training_step(model, ids) for name, model in models.items()}
+    operations = {name: matrix_operations(model, ids) for name, model in models.items()}
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    reference = METHODS["llama"].label
+    rows = training_rows(take_turns(steps, options.steps), operations, parameters, ids.numel(), reference)
     content = {
         "what": "training throughput (forward, backward, AdamW), float32, interleaved in one process",
         "shape": {**SHAPE, "batch": options.batch, "sequence": options.sequence, "rank": SHAPE["hidden_size"] // 4},

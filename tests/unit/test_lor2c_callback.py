@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from crosslayer import LoR2CConfig, LoR2CStructureCallback
 from crosslayer.errors import ConfigError
 from crosslayer.lor2c import AdaptedBlocks
+from crosslayer.lor2c import callback as callback_module
 from lor2c_cases import base_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -162,6 +163,32 @@ def test_schedule(tmp_path, options, expected):
     assert [entry["lor2c_blocks"] for entry in run.state.log_history if "lor2c_action" in entry] == [
         entry["blocks"] for entry in callback.history
     ]
+
+
+def test_says_when_fewer_changes_came_about(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(callback_module.logger, "warning", said.append)
+    callback = LoR2CStructureCallback(max_fuses=2, interval=3)
+    trainer(str(tmp_path), callback, save_strategy="no", eval_strategy="no", epochs=4).train()
+    assert len(callback.history) == 1
+    assert [text.partition(":")[0] for text in said] == ["1 of 2 fuses came about"]
+
+
+def test_data_without_length_counts_in_steps(tmp_path):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from DATA
+
+    def run(**options):
+        callback = LoR2CStructureCallback(max_fuses=1, interval=2, **options)
+        arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True)
+        Trainer(adapted(), arguments, train_dataset=Endless(), callbacks=[callback]).train()
+        return callback
+
+    with pytest.raises(ConfigError, match="interval_unit='steps'"):
+        run()
+    assert [entry["step"] for entry in run(interval_unit="steps").history] == [2]
 
 
 def test_native_adapter_without_a_peft_model(tmp_path):

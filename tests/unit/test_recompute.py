@@ -12,9 +12,11 @@ import weakref
 import peft
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetModel, memory_policies, modeling_crnet
+from crosslayer.crnet.configuration_crnet import POSITIONS
 from model_cases import PAD, gradients, model_of, tokens
 from tolerances import assert_all_close, assert_close
 
@@ -628,3 +630,28 @@ def find_tape(loss):
             return node.tape
         waiting.extend(function for function, _ in node.next_functions if function is not None)
     return None
+
+
+def test_flop_counter_sees_every_product():
+    """Of `none` as many as of plain autograd; rebuilding adds one product T B per CR-Net layer and position."""
+    model = training_model()
+
+    def count(policy):
+        model.zero_grad()
+        if policy is not None:
+            model.set_recompute(policy)
+        with (
+            plain_autograd() if policy is None else contextlib.nullcontext(),
+            FlopCounterMode(display=False) as counter,
+        ):
+            model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        return counter.get_total_flops()
+
+    config = model.config
+    rebuilt = 0
+    for layer_idx in range(1, config.num_hidden_layers):
+        for position in POSITIONS:
+            rank = config.linear_rank(layer_idx, position)
+            rebuilt += 2 * tokens().numel() * rank * config.linear_shape(position)[1]
+    assert count("none") == count(None)
+    assert count("low_rank") == count(None) + rebuilt

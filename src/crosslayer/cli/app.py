@@ -10,7 +10,7 @@ import sys
 import typer
 
 from ..errors import CrossLayerError, TrainingError
-from . import evaluate, finetune, generate, pretrain
+from . import bench, evaluate, finetune, generate, pretrain
 
 app = typer.Typer(
     name="crosslayer",
@@ -27,6 +27,7 @@ app.command(context_settings=ANY_FIELD)(pretrain.pretrain)
 app.command(context_settings=ANY_FIELD)(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
+app.add_typer(bench.bench, name="bench")
 
 
 def main() -> None:

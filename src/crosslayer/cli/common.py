@@ -83,7 +83,7 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
     return model.eval(), tokenizer
 
 
-def print_table(title: str, rows: list[tuple[str, str]], frame: bool = True) -> None:
+def print_summary(title: str, rows: list[tuple[str, str]], frame: bool = True) -> None:
     """A table of (what, value) under a title."""
     from rich.console import Console
     from rich.table import Table
@@ -98,6 +98,14 @@ def print_table(title: str, rows: list[tuple[str, str]], frame: bool = True) -> 
 
 def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2))
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table, columns aligned."""
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    for line in (header, ["-" * width for width in widths], *rows):
+        first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("| " + " | ".join([first.strip().ljust(widths[0]), *rest]) + " |")
 
 
 def _siblings(path: Path) -> list[str]:

@@ -71,12 +71,8 @@ class CrossLayerLinear(LowRankLinear):
         self.beta = nn.Parameter(torch.full((1,), float(beta_init)), requires_grad=beta_trainable)
 
     def b(self) -> torch.Tensor:
-        """s(beta) (|beta| + eps), shape [1], never zero.
-
-        Written as beta ± eps, which is the same value, and has derivative 1 everywhere, at beta = 0 too, where
-        sign(beta) (|beta| + eps) would be a dead 0 (our choice: s(0) = +1).
-        """
-        return self.beta + torch.where(self.beta >= 0, self.beta_epsilon, -self.beta_epsilon)
+        """s(beta) (|beta| + eps), shape [1], never zero."""
+        return b_of(self.beta, self.beta_epsilon)
 
     def forward(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """x [..., in] and the previous layer's output [..., out] -> [..., out] in `previous`'s dtype or wider."""
@@ -102,6 +98,15 @@ class CrossLayerLinear(LowRankLinear):
 
     def extra_repr(self) -> str:
         return f"beta_init={self.beta_init}, beta_epsilon={self.beta_epsilon}, activation={self.activation}"
+
+
+def b_of(beta: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """s(beta) (|beta| + eps), elementwise, with s(0) = +1.
+
+    Written as beta ± eps, which is the same value, and has derivative 1 everywhere, at beta = 0 too, where
+    sign(beta) (|beta| + eps) would be a dead 0 (our choice).
+    """
+    return beta + torch.where(beta >= 0, epsilon, -epsilon)
 
 
 class _CrossLayerProduct(torch.autograd.Function):
@@ -134,4 +139,4 @@ class _CrossLayerProduct(torch.autograd.Function):
         )
 
 
-__all__ = ["CrossLayerLinear", "LowRankLinear"]
+__all__ = ["CrossLayerLinear", "LowRankLinear", "b_of"]

@@ -30,6 +30,13 @@ NAME_OF = {p: f"{'self_attn' if p in ('q', 'k', 'v', 'o') else 'mlp'}.{p}_proj" 
 """Where the linear of a position lies within a layer."""
 
 
+def linears_of(layer: Any) -> dict[str, nn.Module]:
+    """The linear of each position."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return dict(zip(POSITIONS, (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj), strict=True))
+
+
 @dataclass
 class State:
     """All that one layer hands to the next: hidden states [B, T, D] and the seven Y, in float32 at least."""
@@ -64,7 +71,8 @@ class Kept:
 class Product:
     """The linear of one position: its weights, its b as a number, and what is done with them.
 
-    A dense linear, as in the first layer, is the case without A and without b: T is X itself.
+    A dense linear, as in the first layer, is the case without A and without b: T is X itself. Sums in place are written
+    `addmm(..., out=)`: torch's FLOP counter does not know `addmm_`.
     """
 
     def __init__(self, position: str, linear: nn.Module, autocast_dtype: torch.dtype | None) -> None:
@@ -103,7 +111,7 @@ class Product:
             return torch.add(self._increment(T), previous, alpha=b, out=previous if in_place else None)
         rows, weight = previous.view(-1, previous.shape[-1]), self.weight.to(self.dtype)
         T = T.reshape(-1, T.shape[-1])
-        rows = rows.addmm_(T, weight.t(), beta=b) if in_place else torch.addmm(rows, T, weight.t(), beta=b)
+        rows = torch.addmm(rows, T, weight.t(), beta=b, out=rows if in_place else None)
         if self.bias is not None:
             rows.add_(self.bias)
         return rows.view(previous.shape)
@@ -117,7 +125,8 @@ class Product:
         if self.bias is not None:
             Y.sub_(self.bias)
         weight = self.weight.to(self.dtype)
-        Y.view(-1, Y.shape[-1]).addmm_(T.reshape(-1, T.shape[-1]), weight.t(), beta=1 / b, alpha=-1 / b)
+        rows = Y.view(-1, Y.shape[-1])
+        torch.addmm(rows, T.reshape(-1, T.shape[-1]), weight.t(), beta=1 / b, alpha=-1 / b, out=rows)
         return Y
 
     def _increment(self, T: torch.Tensor) -> torch.Tensor:
@@ -147,7 +156,7 @@ class Product:
             weight = self.A.to(self.dtype)
         d_rows = dx.view(-1, dx.shape[-1])
         if d_rows.dtype == self.dtype:
-            d_rows.addmm_(rows, weight, beta=float(add))  # dX = dU A^T
+            torch.addmm(d_rows, rows, weight, beta=float(add), out=d_rows)  # dX = dU A^T
         elif add:
             d_rows.add_(rows @ weight)
         else:
@@ -167,7 +176,7 @@ class HandWrittenLayer:
     def __init__(self, layer: Any, call: Call, b: dict[str, float] | None) -> None:
         self.layer = layer
         self.call = call
-        self.products = {p: Product(p, layer.get_submodule(NAME_OF[p]), call.autocast_dtype) for p in POSITIONS}
+        self.products = {p: Product(p, linear, call.autocast_dtype) for p, linear in linears_of(layer).items()}
         for position, value in (b or {}).items():
             self.products[position].b = value
         self.U: Outputs = {}
@@ -361,7 +370,7 @@ def can_be_hand_written(layer: nn.Module) -> bool:
     A linear that was replaced (LoRA, quantisation), a weight that is no plain tensor (tensor parallel) or a module
     that somebody watches with hooks must be asked, not bypassed.
     """
-    if not all(_is_plain_linear(layer.get_submodule(name)) for name in NAME_OF.values()):
+    if not all(_is_plain_linear(linear) for linear in linears_of(layer).values()):
         return False
     if any(type(parameter) not in (nn.Parameter, torch.Tensor) for parameter in layer.parameters()):
         return False
@@ -384,12 +393,12 @@ def is_watched(module: nn.Module) -> bool:
 
 
 __all__ = [
-    "NAME_OF",
     "BackwardStep",
     "Call",
     "HandWrittenLayer",
     "Kept",
     "State",
     "can_be_hand_written",
+    "linears_of",
     "relative_difference",
 ]

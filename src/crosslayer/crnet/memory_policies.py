@@ -30,15 +30,15 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_crnet import POSITIONS
-from .cross_layer_linear import CrossLayerLinear
+from .cross_layer_linear import CrossLayerLinear, b_of
 from .hand_written_layer import (
-    NAME_OF,
     BackwardStep,
     Call,
     HandWrittenLayer,
     Kept,
     State,
     can_be_hand_written,
+    linears_of,
     relative_difference,
 )
 
@@ -448,12 +448,14 @@ class _LayerFunction(torch.autograd.Function):
 
 def read_b(layer: nn.Module) -> dict[str, float]:
     """b of every position as numbers: one read for the seven of them, since on an accelerator each one waits."""
-    linears = {position: layer.get_submodule(name) for position, name in NAME_OF.items()}
-    crossing = {position: linear for position, linear in linears.items() if isinstance(linear, CrossLayerLinear)}
-    if not crossing:
+    linears = {p: linear for p, linear in linears_of(layer).items() if isinstance(linear, CrossLayerLinear)}
+    if not linears:
         return {}
-    values = torch.cat([linear.b().detach().double() for linear in crossing.values()]).tolist()
-    return dict(zip(crossing, values, strict=True))
+    epsilons = {linear.beta_epsilon for linear in linears.values()}
+    if len(epsilons) > 1:
+        return {position: linear.b().item() for position, linear in linears.items()}
+    betas = torch.cat([linear.beta.detach() for linear in linears.values()])
+    return dict(zip(linears, b_of(betas, epsilons.pop()).tolist(), strict=True))
 
 
 def _same_values(h: torch.Tensor, ours: torch.Tensor) -> bool:

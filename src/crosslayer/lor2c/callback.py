@@ -5,12 +5,14 @@ before that moment's evaluation and checkpoint. Everything a decision needs is r
 the structure through checkpoints: a resumed run decides as the uninterrupted one.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..errors import ConfigError
 from .blocks import AdaptedBlocks
@@ -27,6 +29,8 @@ from .structure import (
     paper_interval,
     sfs,
 )
+
+logger = logging.get_logger(__name__)
 
 Count = int | Literal["auto"]
 
@@ -120,6 +124,8 @@ class LoR2CStructureCallback(TrainerCallback):
                 f"max_injections={self.max_injections!r}, but the adapter has no pairs to inject: create it with "
                 "LoR2CConfig(injectable=True)."
             )
+        if self.interval_unit == "epochs" and state.num_train_epochs >= sys.maxsize:
+            raise ConfigError("The training data has no length, so epochs never end: choose interval_unit='steps'.")
         structure = blocks.structure
         for name, count, most in (
             ("max_fuses", self.max_fuses, len(structure.places) - 1),
@@ -141,6 +147,18 @@ class LoR2CStructureCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.interval_unit == "steps":
             self._event(args, state, model, now=state.global_step, total=state.max_steps)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        structure = AdaptedBlocks(model, self.adapter_name).structure
+        for what, wanted, done in (
+            ("fuses", self.max_fuses, structure.fuses),
+            ("injections", self.max_injections, structure.injections),
+        ):
+            if wanted != "auto" and done < wanted:
+                logger.warning(
+                    f"{done} of {wanted} {what} came about: training ended before the next event, or no module was "
+                    "left to choose from. See interval, interval_unit and max_span."
+                )
 
     # Decisions
 

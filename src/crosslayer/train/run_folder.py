@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -89,12 +90,28 @@ def describe_run() -> dict[str, Any]:
     return {
         "command": "crosslayer " + " ".join(sys.argv[1:]) if Path(sys.argv[0]).stem == "crosslayer" else None,
         "crosslayer": __version__,
+        "commit": _commit(),
         "python": platform.python_version(),
         "versions": {package: metadata.version(package) for package in packages},
         "device": device,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package runs from, "+" where files differ from it; None outside a checkout."""
+    folder = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "errors.py")  # a package installed below someone else's checkout is not it
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,45 @@
+"""One JSON of results, section by section: what is there is not measured again, and a file is never half written."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class ResultFile:
+    """{"what": ..., "sections": {name: {"run": ..., "seconds": ..., ...what was measured}}}."""
+
+    def __init__(self, path: Path, what: str, *, redo: bool = False) -> None:
+        self.path, self.redo = path, redo
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        self.content: dict[str, Any] = {**known, "what": what, "sections": known.get("sections", {})}
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return self.content["sections"][name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.content["sections"]
+
+    def section(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `measure` returns, from the file if it is there."""
+        if name in self and not self.redo:
+            print(f"{name}: there already (--redo measures again)")
+            return self[name]
+        from crosslayer.train.run import describe_run  # slow to import, and not needed to read
+
+        print(f"{name} ...", flush=True)
+        started = time.perf_counter()
+        found = measure()
+        run = {**describe_run(), "command": " ".join(["python", *sys.argv])}
+        self.content["sections"][name] = {**found, "seconds": round(time.perf_counter() - started, 1), "run": run}
+        self.save()
+        return self[name]
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(unfinished, self.path)

@@ -1,0 +1,247 @@
+"""`crosslayer bench`: what methods cost at one shape, in memory and in time."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..evaluate.contenders import Contenders
+
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure methods at one shape: memory, speed.")
+
+Methods = Annotated[str | None, typer.Option(help="Comma-separated; see the list below [default: all but the last].")]
+VocabSize = Annotated[int, typer.Option("--vocab_size", "--vocab-size", help="Vocabulary.")]
+HiddenSize = Annotated[int, typer.Option("--hidden_size", "--hidden-size", help="Width h.")]
+IntermediateSize = Annotated[
+    int | None, typer.Option("--intermediate_size", "--intermediate-size", help="Width of the MLP [default: 2.69 h].")
+]
+Heads = Annotated[
+    int | None, typer.Option("--num_attention_heads", "--num-attention-heads", help="Heads [default: h / 64].")
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of the low-rank models [default: h / 4].")]
+Interval = Annotated[
+    int | None,
+    typer.Option(
+        "--recompute_interval", "--recompute-interval", help="Full state every so many layers [default: the policy's]."
+    ),
+]
+Batch = Annotated[int, typer.Option("--batch_size", "--batch-size", help="Sequences in a step.")]
+Sequence = Annotated[int, typer.Option(help="Tokens in a sequence.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or mixed: float32 weights under bf16 autocast.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+METHODS_HELP = """Methods: llama (transformers' own, always among them), dense, dense_checkpointing, cola, crnet (policy
+none), crnet_low_rank, crnet_replay, crnet_reversible, plain_low_rank."""
+
+
+@bench.command(epilog=METHODS_HELP)
+def memory(
+    methods: Methods = None,
+    vocab_size: VocabSize = 1024,
+    hidden_size: HiddenSize = 256,
+    intermediate_size: IntermediateSize = None,
+    layers: Annotated[str, typer.Option(help="Two depths or more, comma-separated; the peak is of the last.")] = "4,16",
+    num_attention_heads: Heads = None,
+    rank: Rank = None,
+    recompute_interval: Interval = None,
+    batch_size: Batch = 2,
+    sequence: Sequence = 128,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Saved activations by layer and method, their growth with depth, and the peak of a training step by part.
+
+    Everything is counted, not timed: a laptop gives the same bytes as a server.
+    """
+    from ..errors import ConfigError
+    from .common import print_json, quiet_libraries
+
+    try:
+        depths = sorted({int(depth) for depth in layers.split(",")})
+    except ValueError:
+        raise ConfigError(f"layers={layers!r}; give numbers of layers such as 4,16") from None
+    if len(depths) < 2:
+        raise ConfigError(
+            f"layers={layers!r}; give two different depths such as 4,16: growth is the slope between them"
+        )
+    _check_sizes(layers=depths[0], batch_size=batch_size, sequence=sequence)
+    quiet_libraries()
+    from ..evaluate.memory import memory_rows, saved_by_depth
+    from ..evaluate.speed import measure_memory
+
+    shape = _shape(vocab_size, hidden_size, intermediate_size, depths[-1], num_attention_heads, rank, sequence)
+    contenders = _contenders(shape, methods, recompute_interval, dtype, device)
+    options = {"device": contenders.device, "dtype": dtype, "interval": recompute_interval}
+    saved = saved_by_depth(shape, contenders.methods, depths, batch=batch_size, sequence=sequence, **options)
+    rows: dict[str, Any] = memory_rows(saved, hidden_size)
+    for name, peak in measure_memory(contenders, contenders.tokens(batch_size, sequence)).items():
+        rows[name]["peak_bytes"] = peak
+    if as_json:
+        what = "activation memory, counted; peak of a training step (AdamW) by part"
+        print_json(_context(what, contenders, batch_size, sequence) | {"depths": depths, "contenders": rows})
+        return
+    _print_memory(rows, depths, hidden_size, batch_size * sequence)
+
+
+@bench.command(epilog=METHODS_HELP)
+def speed(
+    methods: Methods = None,
+    vocab_size: VocabSize = 1024,
+    hidden_size: HiddenSize = 512,
+    intermediate_size: IntermediateSize = None,
+    num_hidden_layers: Annotated[int, typer.Option("--num_hidden_layers", "--num-hidden-layers", help="Layers.")] = 8,
+    num_attention_heads: Heads = None,
+    rank: Rank = None,
+    recompute_interval: Interval = None,
+    batch_size: Batch = 4,
+    sequence: Sequence = 256,
+    dtype: Dtype = "float32",
+    parts: Annotated[str, typer.Option(help="Which of training,generation,memory.")] = "training,generation,memory",
+    turns: Annotated[int, typer.Option(help="Counted turns of each contender.")] = 8,
+    warm_up: Annotated[int, typer.Option("--warm_up", "--warm-up", help="Turns before, not counted.")] = 2,
+    decode_batch: Annotated[
+        int, typer.Option("--decode_batch", "--decode-batch", help="Sequences of prefill and decode.")
+    ] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new_tokens", "--new-tokens", help="Tokens decoded in a turn.")] = 32,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of training, prefill and decode, and memory by part.
+
+    Contenders take turns in one process; medians, with the 20th and 80th percentile in the JSON. Ratios are to
+    transformers' Llama of the same shape.
+    """
+    from ..errors import ConfigError
+    from .common import print_json, quiet_libraries
+
+    chosen = parts.split(",")
+    if not set(chosen) <= {"training", "generation", "memory"}:
+        raise ConfigError(f"parts={parts!r}; choose from training, generation, memory, comma-separated")
+    _check_sizes(
+        batch_size=batch_size,
+        sequence=sequence,
+        turns=turns,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        decode_batch=decode_batch,
+    )
+    if warm_up < 0:
+        raise ConfigError(f"warm_up={warm_up}; give 0 or more")
+    quiet_libraries()
+    from ..evaluate.speed import measure_generation, measure_memory, measure_training
+
+    longest = max(sequence, prompt + new_tokens)
+    shape = _shape(vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, rank, longest)
+    contenders = _contenders(shape, methods, recompute_interval, dtype, device)
+    ids = contenders.tokens(batch_size, sequence)
+    result: dict[str, Any] = {}
+    if "training" in chosen:
+        result["training"] = measure_training(contenders, ids, turns=turns, warm_up=warm_up)
+    if "memory" in chosen:
+        result["memory"] = measure_memory(contenders, ids)
+    if "generation" in chosen:
+        lengths = {"batch": decode_batch, "prompt": prompt, "new_tokens": new_tokens}
+        result["generation"] = measure_generation(contenders, **lengths, turns=turns, warm_up=warm_up)
+    if as_json:
+        what = "tokens per second, interleaved in one process: medians, 20th and 80th percentile"
+        context = _context(what, contenders, batch_size, sequence)
+        print_json(context | {"turns": turns, "warm_up": warm_up, **result})
+        return
+    _print_speed(contenders.methods, result)
+
+
+def _check_sizes(**sizes: int) -> None:
+    from ..errors import ConfigError
+
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value}; give at least 1")
+
+
+def _shape(vocabulary, hidden, intermediate, layers, heads, rank, sequence) -> dict[str, Any]:
+    _check_sizes(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers)
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate or max(8, round(2.69 * hidden / 8) * 8),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads or max(1, hidden // 64),
+        "max_position_embeddings": sequence,
+        # Ids that small vocabularies do not have; nothing here ends or pads a text.
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return shape if rank is None else shape | {"rank": rank}
+
+
+def _contenders(shape, methods: str | None, interval: int | None, dtype: str, device: str | None) -> "Contenders":
+    from ..evaluate.contenders import DEFAULT_METHODS, REFERENCE, Contenders
+    from .evaluate import choose_device
+
+    names = list(dict.fromkeys([REFERENCE, *methods.split(",")])) if methods else DEFAULT_METHODS
+    return Contenders(shape, names, device=choose_device(device), dtype=dtype, interval=interval)
+
+
+def _context(what: str, contenders: "Contenders", batch: int, sequence: int) -> dict[str, Any]:
+    from ..train.run import describe_run
+
+    return {
+        "what": what,
+        "run": describe_run(),
+        "shape": {**contenders.shape, "batch": batch, "sequence": sequence},
+        "device": contenders.device,
+        "dtype": contenders.dtype,
+        "recompute_interval": contenders.interval,
+    }
+
+
+def _print_memory(rows: dict[str, Any], depths: list[int], hidden_size: int, tokens: int) -> None:
+    from .common import print_table
+
+    columns = ("parameters", "gradients", "optimizer", "activations", "temporary", "total")
+    print(
+        f"Kept for the backward, KB per token; growth per layer in float32 numbers of the hidden size ({hidden_size})\n"
+    )
+    kept = [
+        [
+            row["label"],
+            *(f"{row['depths'][str(d)]['bytes_per_token'] / 1e3:,.1f}" for d in depths),
+            f"{row['growth_h']:.2f}h",
+        ]
+        for row in rows.values()
+    ]
+    print_table(["", *(f"{depth} layers" for depth in depths), "growth"], kept)
+    print(f"\nPeak of a training step with AdamW, {tokens:,} tokens, {depths[-1]} layers, MB by part\n")
+    peaks = [[row["label"], *(f"{row['peak_bytes'][c] / 1e6:,.1f}" for c in columns)] for row in rows.values()]
+    print_table(["", *columns], peaks)
+
+
+def _print_speed(methods: list[str], result: dict[str, Any]) -> None:
+    from ..evaluate.contenders import METHODS
+    from .common import print_table
+
+    header, rows = [""], [[METHODS[name].label] for name in methods]
+    if "training" in result:
+        header += ["training tokens/s", "over Llama", "by operations alone"]
+    if "memory" in result:
+        header += ["peak MB", "activations MB"]
+    if "generation" in result:
+        header += ["prefill tokens/s", "over Llama", "decode tokens/s", "over Llama"]
+    for name, row in zip(methods, rows, strict=True):
+        if "training" in result:
+            row += _speed_cells(result["training"][name], "speed_if_operations_decided")
+        if "memory" in result:
+            row += [f"{result['memory'][name][part] / 1e6:,.1f}" for part in ("total", "activations")]
+        if "generation" in result:
+            measured = result["generation"].get(name, {})
+            row += _speed_cells(measured.get("prefill")) + _speed_cells(measured.get("decode"))
+    print_table(header, rows)
+
+
+def _speed_cells(row: dict[str, Any] | None, *more: str) -> list[str]:
+    """Nothing where another method of the same model was measured: generation does not depend on the policy."""
+    if row is None:
+        return [""] * (2 + len(more))
+    return [f"{row['tokens_per_s']:,.0f}", *(f"{row[name]:.2f}" for name in ("speed_over_llama", *more))]

@@ -1,0 +1,238 @@
+"""Tokens per second of training, prefill and decode, measured so that contenders can be compared.
+
+Contenders take turns within one process: a change of the machine's speed meets all of them. A figure is the median of
+the turns after a warm-up, with the 20th and 80th percentile beside it. On CUDA, events around each turn.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
+
+from ..accounting import peak_flops
+from ..analysis import measure_peak_memory
+from .contenders import METHODS, REFERENCE, Contenders
+
+Step = Callable[[], Any]
+
+
+def take_turns(
+    steps: dict[str, Step],
+    turns: int,
+    *,
+    warm_up: int = 2,
+    device: str = "cpu",
+    before: Callable[[str], Any] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every counted turn of each step; `before(name)` runs ahead of its turn, outside the clock."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(warm_up + turns):
+        for name, step in steps.items():
+            if before is not None:
+                before(name)
+            taken = _seconds_of(step, device)
+            if turn >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _seconds_of(step: Step, device: str) -> float:
+    if torch.device(device).type != "cuda":
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started
+    torch.cuda.synchronize(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def summarize(seconds: list[float], tokens: int) -> dict[str, Any]:
+    """Tokens/s by the median, and the spread: 20th and 80th percentile of the seconds."""
+    median = statistics.median(seconds)
+    quantiles = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else [median] * 4
+    return {
+        "tokens_per_s": round(tokens / median, 1),
+        "step_s": {"median": _rounded(median), "p20": _rounded(quantiles[0]), "p80": _rounded(quantiles[-1])},
+    }
+
+
+def training_step(
+    model: nn.Module,
+    ids: torch.Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    precision: Callable[[], AbstractContextManager] = nullcontext,
+) -> Step:
+    """Forward, loss on the logits (transformers' own), backward and optimizer; None: fused AdamW."""
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with precision():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+_FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def matrix_operations(model: nn.Module, ids: torch.Tensor) -> int:
+    """Operations of a training step by torch's counter: backward twice the forward, recomputation not counted.
+
+    Attention counts as the full square, as on CUDA; torch's counter does not know the CPU's fused kernel by itself.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={_FUSED_ON_CPU: _attention}) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return 3 * counter.get_total_flops()
+
+
+def training_rows(
+    seconds: dict[str, list[float]],
+    operations: dict[str, int],
+    parameters: dict[str, int],
+    tokens: int,
+    reference: str,
+) -> dict[str, dict[str, Any]]:
+    """One row for each contender, as ratios to `reference`."""
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        name: {
+            **summarize(times, tokens),
+            "speed_over_llama": round(medians[reference] / medians[name], 3),
+            "matrix_operations": operations[name],
+            "speed_if_operations_decided": round(operations[reference] / operations[name], 3),
+            "parameters": parameters[name],
+        }
+        for name, times in seconds.items()
+    }
+
+
+def measure_training(contenders: Contenders, ids: torch.Tensor, *, turns: int = 12, warm_up: int = 2) -> dict[str, Any]:
+    """Training speed of every method: {method: row of `training_rows`, with "mfu" on devices whose peak is known}.
+
+    Methods of one model share its weights and its optimizer.
+    """
+    steps, operations, parameters = {}, {}, {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for name in contenders.methods:
+        model = contenders.model(name)
+        kind = METHODS[name].model
+        if kind not in optimizers:
+            optimizers[kind] = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        steps[name] = training_step(model, ids, optimizers[kind], contenders.precision)
+        operations[name] = matrix_operations(model, ids)
+        parameters[name] = sum(parameter.numel() for parameter in model.parameters())
+    seconds = take_turns(steps, turns, warm_up=warm_up, device=contenders.device, before=contenders.model)
+    reference = REFERENCE if REFERENCE in seconds else next(iter(seconds))
+    rows = training_rows(seconds, operations, parameters, ids.numel(), reference)
+    peak = peak_flops(torch.cuda.get_device_name(ids.device)) if ids.is_cuda else None
+    if peak is not None:
+        for row in rows.values():
+            row["mfu"] = round(row["matrix_operations"] / row["step_s"]["median"] / peak, 4)
+    return rows
+
+
+def measure_generation(
+    contenders: Contenders,
+    *,
+    batch: int = 1,
+    prompt: int = 128,
+    new_tokens: int = 64,
+    turns: int = 8,
+    warm_up: int = 2,
+) -> dict[str, Any]:
+    """Prefill of a prompt [batch, prompt] and greedy decode after it: {method: {"prefill": row, "decode": row}}.
+
+    Decode runs one forward for each token of the batch, with transformers' DynamicCache and argmax; a turn is
+    `new_tokens` of them. How a model trains makes no difference here: one method for each model is measured.
+    """
+    ids = contenders.tokens(batch, prompt)
+    runs = {name: _Generation(contenders, name, ids, new_tokens) for name in _one_for_each_model(contenders.methods)}
+    clock = partial(take_turns, turns=turns, warm_up=warm_up, device=contenders.device)
+    with torch.inference_mode():
+        prefill = clock({name: run.prefill for name, run in runs.items()})
+        decode = clock({name: run.decode for name, run in runs.items()}, before=lambda name: runs[name].prefill())
+    reference = REFERENCE if REFERENCE in runs else next(iter(runs))
+    rows: dict[str, Any] = {}
+    for name in runs:
+        rows[name] = {"weight_bytes": _weight_bytes(contenders.model(name))}
+        for part, seconds, tokens in (("prefill", prefill, prompt), ("decode", decode, new_tokens)):
+            ratio = statistics.median(seconds[reference]) / statistics.median(seconds[name])
+            rows[name][part] = {**summarize(seconds[name], batch * tokens), "speed_over_llama": round(ratio, 3)}
+    return rows
+
+
+def measure_memory(contenders: Contenders, ids: torch.Tensor) -> dict[str, Any]:
+    """Peak memory of a training step by part: {method: bytes}, in one step of AdamW."""
+    rows = {}
+    for name in contenders.methods:
+        model = contenders.model(name)
+        with contenders.precision():
+            rows[name] = measure_peak_memory(model, ids).to_dict()
+    return rows
+
+
+def _one_for_each_model(methods: Iterable[str]) -> list[str]:
+    first: dict[str, str] = {}
+    for name in methods:
+        first.setdefault(METHODS[name].model, name)
+    return list(first.values())
+
+
+class _Generation:
+    """One prompt through one model: `prefill` fills a new cache, `decode` goes on from there."""
+
+    def __init__(self, contenders: Contenders, name: str, ids: torch.Tensor, new_tokens: int) -> None:
+        self.model, self.precision = contenders.model(name).eval(), contenders.precision
+        self.ids, self.new_tokens = ids, new_tokens
+
+    def prefill(self) -> None:
+        with self.precision():
+            output = self.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
+        self.cache, self.next = output.past_key_values, output.logits.argmax(-1)
+
+    def decode(self) -> None:
+        with self.precision():
+            for _ in range(self.new_tokens):
+                output = self.model(input_ids=self.next, past_key_values=self.cache, use_cache=True)
+                self.next = output.logits.argmax(-1)
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a decoded token reads: all but the embeddings, unless they are the head too."""
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    read = [p for p in model.parameters() if tied or p is not model.get_input_embeddings().weight]
+    return sum(parameter.numel() * parameter.element_size() for parameter in read)
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
+
+
+__all__ = [
+    "matrix_operations",
+    "measure_generation",
+    "measure_memory",
+    "measure_training",
+    "summarize",
+    "take_turns",
+    "training_rows",
+    "training_step",
+]

@@ -1,0 +1,261 @@
+"""The scripts in benchmarks/ run, at tiny sizes, and their decisions are right."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script("gpu") -> the module benchmarks/gpu.py, freshly imported."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    threads = torch.get_num_threads()
+
+    def load(name):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    yield load
+    torch.set_num_threads(threads)
+
+
+def call(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    module.main()
+
+
+# result_file
+
+
+def test_results_are_resumed_and_whole(script, tmp_path):
+    ResultFile = script("result_file").ResultFile
+    path = tmp_path / "deep" / "r.json"
+    assert ResultFile(path, "what").section("a", lambda: {"value": 1})["value"] == 1
+    again = ResultFile(path, "what")
+    assert again.section("a", lambda: pytest.fail("measured twice"))["value"] == 1
+
+    def breaks():
+        raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError):
+        again.section("b", breaks)
+    assert list(json.loads(path.read_text())["sections"]) == ["a"]
+    assert ResultFile(path, "what", redo=True).section("a", lambda: {"value": 2})["value"] == 2
+    assert {"versions", "device", "commit", "command"} <= json.loads(path.read_text())["sections"]["a"]["run"].keys()
+    assert [file.name for file in path.parent.iterdir()] == ["r.json"]
+
+
+# throughput
+
+
+@pytest.mark.slow
+def test_throughput(script, tmp_path, monkeypatch, capsys):
+    throughput = script("throughput")
+    monkeypatch.setattr(throughput, "SHAPE", throughput.SHAPE | {"hidden_size": 64, "intermediate_size": 96})
+    out = tmp_path / "t.json"
+    monkeypatch.setattr(throughput, "where_time_goes", lambda step: {"other": 1.0})
+    call(throughput, monkeypatch, "--steps", 2, "--batch", 1, "--sequence", 16, "--threads", 1, "--out", out)
+    content = json.loads(out.read_text())
+    committed = json.loads((BENCHMARKS / "results" / "throughput_cpu.json").read_text())
+    assert content.keys() == committed.keys()
+    assert list(content["contenders"]) == list(committed["contenders"])
+    for name, row in content["contenders"].items():
+        assert row.keys() == committed["contenders"][name].keys()
+    assert "| CR-Net written plainly |" in capsys.readouterr().out
+
+
+# memory
+
+
+@pytest.mark.slow
+def test_memory(script, tmp_path, monkeypatch, capsys):
+    memory = script("memory")
+    out, figure = tmp_path / "m.json", tmp_path / "m.png"
+    sections = ("saved", "peak", "speed", "interval")
+    arguments = ("--smoke", "--turns", 1, "--threads", 1, "--out", out, "--figure", figure, "--sections", *sections)
+    call(memory, monkeypatch, *arguments)
+    content = json.loads(out.read_text())
+    assert list(content["sections"]) == list(sections)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert content["bars"]
+    assert set(content["sections"]["interval"]["largest_interval"]) == {"float32", "mixed", "bfloat16"}
+    capsys.readouterr()
+    call(memory, monkeypatch, *arguments)
+    assert capsys.readouterr().out.count("there already") == len(sections)
+
+
+@pytest.mark.slow
+def test_resident_memory_agrees_with_the_count(script, monkeypatch):
+    """One process for each of two depths, small, and so with a wider margin than the benchmark's 10 %."""
+    memory = script("memory")
+    sizes = memory.FULL | {"hidden": 128, "resident": [4, 20]}
+    monkeypatch.setattr(memory, "RESIDENT", {"crnet": None})
+    row = memory.measure_resident(sizes)["methods"]["crnet"]
+    assert row["ratio"] == pytest.approx(1, abs=0.15)
+
+
+def test_bars_can_fail(script):
+    memory = script("memory")
+    speed = {"step_over_none": 1.0, "speed_over_dense": 2.0, "speed_over_dense_checkpointing": 2.0}
+    names = ("crnet_low_rank", "crnet_replay", "crnet_reversible")
+
+    def bars(**changed):
+        return memory.bars({"speed": {"dtypes": {"float32": {"8": dict.fromkeys(names, speed | changed)}}}})
+
+    assert len(bars()) == 7
+    assert all(holds for *_, holds in bars())
+    assert sum(not holds for *_, holds in bars(step_over_none=1.2)) == 2
+    assert sum(not holds for *_, holds in bars(speed_over_dense=1.45)) == 1
+    assert sum(not holds for *_, holds in bars(speed_over_dense_checkpointing=1.8)) == 1
+
+
+def test_an_interval_beyond_a_gap_does_not_count(script):
+    unbroken = script("memory")._unbroken
+    assert unbroken([8, 12, 16, 24], [8, 12, 24]) == [8, 12]
+    assert unbroken([8, 12], [12]) == []
+
+
+# gpu
+
+
+@pytest.mark.slow
+def test_gpu(script, tmp_path, monkeypatch, capsys):
+    gpu = script("gpu")
+    for name, methods in (("EAGER", ["dense", "crnet_reversible"]), ("DECODE", ["dense"]), ("COMPILED", ["dense"])):
+        monkeypatch.setattr(gpu, name, methods)
+    out = tmp_path / "g.json"
+    call(gpu, monkeypatch, "--device", "cpu", "--smoke", "--turns", 1, "--out", out, "--minutes", 0)
+    assert not out.exists() or json.loads(out.read_text())["sections"] == {}
+    assert "No time left for: eager tiny dense" in capsys.readouterr().out
+    call(gpu, monkeypatch, "--device", "cpu", "--smoke", "--turns", 1, "--out", out)
+    content = json.loads(out.read_text())
+    assert len(content["sections"]) == 4
+    assert content["speed_over_dense"]["eager tiny dense"] == 1.0
+    eager = content["sections"]["eager tiny crnet_reversible"]
+    peak = dict(eager["peak_bytes_by_part"])
+    assert peak.pop("phase")
+    assert peak.pop("total") == sum(peak.values())
+    assert content["sections"]["decode tiny dense"]["batch 32"]["decode"]["tokens_per_s"] > 0
+
+
+def test_gpu_out_of_memory_is_a_result(script, monkeypatch):
+    gpu = script("gpu")
+    options = argparse.Namespace(device="cpu", dtype="float32", smoke=True, sequence=8, batch=1)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(gpu, "matrix_operations", full)
+    found = gpu.Bench(options, gpu.SMOKE_SIZES["tiny"]).train("dense", compiled=False)
+    assert found == {"label": "dense", "out_of_memory": True}
+
+
+# seven_billion
+
+
+@pytest.mark.parametrize("limit", [1, 7, 64])
+def test_largest(script, limit):
+    largest = script("seven_billion").largest
+    for most in (0, 1, 2, 3, 5, 8, 63, 64, 65, 1000):
+        tried = []
+
+        def fits(n, most=most, tried=tried):
+            tried.append(n)
+            return n <= most
+
+        assert largest(fits, limit=limit) == min(most, limit)
+        assert max(tried) <= limit
+        assert len(tried) <= 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["crnet_reversible", "cola_checkpointing"])
+def test_seven_billion_trains(script, name, monkeypatch):
+    """Gradients are released within the backward, and the optimizer has stepped."""
+    seven = script("seven_billion")
+    monkeypatch.setattr(seven, "LAYERS", 3)
+    options = argparse.Namespace(
+        device="cpu", smoke=True, plain_optimizer=True, sequence=16, limit=2, turns=1, cap=24.0
+    )
+    found = seven.measure(name, 512, options)
+    assert (found["rows"], found["tokens_per_micro_batch"]) == (2, 32)
+    model = seven.build(name, 512, "cpu", seven.SCALE)
+    before = {key: parameter.clone() for key, parameter in model.named_parameters()}
+    optimizers = seven.release_gradients(model, lambda parameters: torch.optim.AdamW(parameters, lr=0.1))
+    ids = torch.randint(model.config.vocab_size, (1, 8))
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(optimizers) == len(before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    changed = [key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])]
+    assert any("layers.0" in key for key in changed)
+    assert any("layers.2" in key for key in changed)
+
+
+def test_seven_billion_out_of_memory(script, monkeypatch):
+    """Shorter sequences are tried before giving up; weights that do not fit are an answer."""
+    seven = script("seven_billion")
+    monkeypatch.setattr(seven, "LAYERS", 3)
+    options = argparse.Namespace(
+        device="cpu", smoke=True, plain_optimizer=True, sequence=256, limit=2, turns=1, cap=24.0
+    )
+    forward, most = seven.CRNetForCausalLM.forward, 70
+
+    def bounded(model, ids, **arguments):
+        if ids.numel() > most:
+            raise torch.OutOfMemoryError("full")
+        return forward(model, ids, **arguments)
+
+    monkeypatch.setattr(seven.CRNetForCausalLM, "forward", bounded)
+    found = seven.measure("crnet_reversible", 512, options)
+    assert (found["sequence"], found["rows"]) == (64, 1)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(seven, "build", full)
+    assert seven.measure("dense", 0, options)["tokens_per_micro_batch"] == 0
+
+
+def test_seven_billion_expectation(script, monkeypatch):
+    """Weights, states and gradients by hand; what is left is divided by the bytes of a token."""
+    seven = script("seven_billion")
+    monkeypatch.setattr(seven, "bytes_per_token", lambda name, rank: 1e6 / seven.SCALE)
+    found = seven.expect("crnet_reversible", 1024)
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    low_rank = 31 * 1024 * (11 * 4096 + 3 * 11008)
+    assert found["parameters"] == layer + low_rank + 2 * 32000 * 4096 + 65 * 4096 + 31 * 7
+    assert found["weights_gb"] == pytest.approx(5.89, abs=0.01)
+    assert found["gradients_gb"] == pytest.approx(2 * layer / 1e9, abs=0.01)
+    left = (24 - seven.ELSEWHERE_GIB) * 2**30 - found["parameters"] * (2 + seven.STATE_BYTES) - 2 * layer
+    assert found["tokens_per_micro_batch"] == int(left / 1e6)
+    assert not seven.expect("dense", 0)["fits"]
+    assert not seven.expect("crnet_reversible", 1024, cap_gib=12)["fits"]
+
+
+@pytest.mark.slow
+def test_bytes_per_token_scale_with_the_width(script, monkeypatch):
+    """The step from 1/32 of the width to the whole: from 1/32 to 1/16 they double."""
+    seven = script("seven_billion")
+    monkeypatch.setattr(seven, "LAYERS", 3)
+    narrow = seven.bytes_per_token("crnet_reversible", 1024)
+    monkeypatch.setattr(seven, "SCALE", seven.SCALE // 2)
+    assert seven.bytes_per_token("crnet_reversible", 1024) == pytest.approx(2 * narrow, rel=0.02)
+    assert narrow >= 4 * (11 * 128 + 4 * 344)  # the live state and the gradients of Y
+
+
+def test_eight_bit_adamw(script):
+    pytest.importorskip("bitsandbytes", reason="needs the extra 'baselines'")
+    seven = script("seven_billion")
+    parameter = torch.nn.Parameter(torch.randn(128, 256, dtype=torch.bfloat16))
+    optimizer = seven.make_adamw_8bit([parameter])
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    states = [v for k, v in optimizer.state[parameter].items() if torch.is_tensor(v) and not k.startswith("qmap")]
+    assert sum(state.nbytes for state in states) == seven.STATE_BYTES * parameter.numel()

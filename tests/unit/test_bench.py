@@ -1,0 +1,253 @@
+"""The measuring code of `crosslayer bench` and of benchmarks/, and the verb itself."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from crosslayer.cli import main
+from crosslayer.crnet import CRNetForCausalLM
+from crosslayer.errors import ConfigError
+from crosslayer.evaluate import speed as speed_module
+from crosslayer.evaluate.contenders import METHODS, Contenders
+from crosslayer.evaluate.memory import memory_rows, saved_by_depth
+from crosslayer.evaluate.speed import (
+    matrix_operations,
+    measure_generation,
+    measure_training,
+    summarize,
+    take_turns,
+    training_rows,
+    training_step,
+)
+
+SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 130, "num_hidden_layers": 3}
+SHAPE |= {"num_attention_heads": 3, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None}
+
+
+# Contenders
+
+
+def test_every_method_trains_as_it_says():
+    contenders = Contenders(SHAPE | {"rank": 7}, list(METHODS), interval=2)
+    for name, method in METHODS.items():
+        model = contenders.model(name)
+        assert model.training
+        assert model.is_activation_checkpointing == method.checkpointing
+        assert isinstance(model, LlamaForCausalLM if method.model == "llama" else CRNetForCausalLM)
+        if method.model != "llama":
+            assert (model.config.factorization, model.config.rank) == (method.model, 7)
+        if method.policy is not None:
+            assert model.config.recompute == method.policy
+            assert model.config.recompute_interval == (None if method.policy == "none" else 2)
+
+
+def test_methods_of_one_model_share_its_weights():
+    contenders = Contenders(SHAPE, ["dense", "dense_checkpointing", "crnet", "crnet_replay"])
+    assert contenders.model("dense") is contenders.model("dense_checkpointing")
+    assert contenders.model("crnet") is contenders.model("crnet_replay")
+    assert not contenders.model("dense").is_activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "parts"),
+    [
+        ({}, {"methods": ["lama"]}, ("lama", "llama, dense")),
+        ({}, {"methods": []}, ("none", "choose from")),
+        ({}, {"methods": ["dense"], "dtype": "int8"}, ("int8", "float32, bfloat16, mixed")),
+        ({"num_attention_heads": 5}, {"methods": ["llama"]}, ("transformers Llama",)),
+        ({"rank": 10**4}, {"methods": ["cola"]}, ("CoLA", "rank=10000")),
+        ({}, {"methods": ["crnet_replay"], "interval": 9}, ("recompute_interval=9", "1..3")),
+    ],
+)
+def test_wrong_contenders(shape, arguments, parts):
+    methods = arguments.pop("methods")
+    with pytest.raises(ConfigError) as error:
+        Contenders(SHAPE | shape, methods, **arguments)
+    for part in parts:
+        assert part in str(error.value)
+
+
+# The clock
+
+
+def test_contenders_take_turns(monkeypatch):
+    """Interleaved; the warm-up and what runs before a turn are outside the clock."""
+    now, order = [0.0], []
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: now[0])
+
+    def step(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += seconds[order.count(name) - 1]
+
+        return run
+
+    def before(name):
+        now[0] += 100
+
+    steps = {"a": step("a", [9, 1, 2, 3]), "b": step("b", [9, 2, 4, 6])}
+    seconds = take_turns(steps, 3, warm_up=1, before=before)
+    assert order == ["a", "b"] * 4
+    assert seconds == {"a": [1, 2, 3], "b": [2, 4, 6]}
+    assert summarize(seconds["a"], 10)["tokens_per_s"] == 5.0
+    rows = training_rows(seconds, {"a": 100, "b": 50}, {"a": 1, "b": 2}, 10, "a")
+    assert [row["speed_over_llama"] for row in rows.values()] == [1.0, 0.5]
+    assert [row["speed_if_operations_decided"] for row in rows.values()] == [1.0, 2.0]
+    assert rows["b"]["step_s"]["p20"] < rows["b"]["step_s"]["median"] < rows["b"]["step_s"]["p80"]
+
+
+def test_one_turn_has_no_spread():
+    assert summarize([2.0], 10) == {"tokens_per_s": 5.0, "step_s": {"median": 2.0, "p20": 2.0, "p80": 2.0}}
+
+
+def test_training_step_trains():
+    contenders = Contenders(SHAPE, ["crnet_reversible"])
+    model, ids = contenders.model("crnet_reversible"), contenders.tokens(2, 9)
+    loss = model(ids, labels=ids).loss.item()
+    step = training_step(model, ids, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    for _ in range(5):
+        step()
+    assert model(ids, labels=ids).loss.item() < loss
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_matrix_operations_of_llama():
+    """6 for each weight of a product and token, and the two products of attention over all pairs."""
+    contenders = Contenders(SHAPE, ["llama"])
+    layer = 4 * 48 * 48 + 3 * 48 * 130
+    weights = 3 * layer + 48 * 101
+    attention = 3 * 2 * 2 * 2 * 9 * 9 * 48  # layers, products, sequences, 2 per element
+    found = matrix_operations(contenders.model("llama"), contenders.tokens(2, 9))
+    assert found == 3 * (2 * weights * 18 + attention)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
+def test_measure_training(dtype):
+    contenders = Contenders(SHAPE, ["dense", "llama", "crnet_low_rank", "crnet_replay"], dtype=dtype)
+    rows = measure_training(contenders, contenders.tokens(1, 9), turns=2, warm_up=0)
+    assert list(rows) == contenders.methods
+    assert rows["llama"]["speed_over_llama"] == 1.0
+    assert all(row["tokens_per_s"] > 0 for row in rows.values())
+    assert rows["crnet_low_rank"]["matrix_operations"] == rows["crnet_replay"]["matrix_operations"]
+
+
+def test_generation_is_transformers_own(monkeypatch):
+    """The decode loop makes the tokens that `generate` makes."""
+    contenders = Contenders(SHAPE, ["crnet"])
+    model, ids = contenders.model("crnet").eval(), contenders.tokens(2, 7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    run = speed_module._Generation(contenders, "crnet", ids, 1)
+    with torch.inference_mode():
+        run.prefill()
+        found = [run.next]
+        for _ in range(5):
+            run.decode()
+            found.append(run.next)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert torch.equal(torch.cat(found, 1), expected[:, 7:])
+
+
+def test_measure_generation():
+    contenders = Contenders(SHAPE, ["llama", "dense_checkpointing", "crnet_low_rank", "crnet_replay"])
+    rows = measure_generation(contenders, batch=2, prompt=5, new_tokens=3, turns=2, warm_up=0)
+    assert list(rows) == ["llama", "dense_checkpointing", "crnet_low_rank"]  # one for each model
+    assert rows["llama"]["decode"]["speed_over_llama"] == 1.0
+    weights = sum(p.numel() for p in contenders.model("llama").parameters()) - 101 * 48
+    assert rows["llama"]["weight_bytes"] == 4 * weights
+
+
+def test_saved_by_depth():
+    saved = saved_by_depth(SHAPE, ["dense_checkpointing", "crnet_reversible"], [2, 6], sequence=16, interval=4)
+    rows = memory_rows(saved, 48)
+    assert rows["dense_checkpointing"]["growth_h"] == 1.0
+    state = 6 + 2 * 130 / 48  # kept once in six layers of an interval of 4, never in two
+    assert rows["crnet_reversible"]["growth_h"] == pytest.approx(state / 4, abs=1e-3)
+    with pytest.raises(ConfigError, match="two different depths"):
+        memory_rows(saved_by_depth(SHAPE, ["dense"], [2]), 48)
+
+
+# The verb
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["crosslayer", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return types.SimpleNamespace(code=stopped.value.code or 0, out=out, err=err)
+
+    return call
+
+
+TINY = ("--hidden-size", 32, "--vocab-size", 50, "--batch-size", 1, "--sequence", 8, "--device", "cpu")
+
+
+def test_bench_memory(run):
+    result = run("memory", *TINY, "--layers", "2,3", "--methods", "crnet_replay", "--json")
+    assert result.code == 0, result.err
+    content = json.loads(result.out)
+    assert list(content["contenders"]) == ["llama", "crnet_replay"]
+    assert content["run"]["versions"]["torch"]
+    assert "commit" in content["run"]
+    row = content["contenders"]["crnet_replay"]
+    peak = dict(row["peak_bytes"])
+    assert peak.pop("phase") in ("forward", "backward", "optimizer")
+    assert peak.pop("total") == sum(peak.values())
+    assert [len(row["depths"][depth]["layer_bytes_per_token"]) for depth in ("2", "3")] == [2, 3]
+
+
+def test_bench_memory_in_words(run):
+    result = run("memory", *TINY, "--layers", "2,3", "--dtype", "bfloat16")
+    assert result.code == 0, result.err
+    assert "CR-Net, reversible" in result.out
+    assert "growth" in result.out
+
+
+@pytest.mark.parametrize("extra", [(), ("--json",)])
+def test_bench_speed(run, extra):
+    short = ("--num-hidden-layers", 2, "--turns", 1, "--warm-up", 0, "--prompt", 4, "--new-tokens", 2)
+    result = run("speed", *TINY, *short, "--methods", "cola,crnet_low_rank", *extra)
+    assert result.code == 0, result.err
+    if not extra:
+        assert "decode tokens/s" in result.out
+        return
+    content = json.loads(result.out)
+    for part in ("training", "memory", "generation"):
+        assert list(content[part]) == ["llama", "cola", "crnet_low_rank"]
+    assert content["shape"]["sequence"] == 8
+    assert content["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("memory", "--layers", "4"), ("layers='4'", "two different depths")),
+        (("memory", "--layers", "4,deep"), ("4,deep",)),
+        (("memory", "--layers", "0,4"), ("layers=0", "at least 1")),
+        (("memory", "--methods", "galore"), ("galore", "choose from llama")),
+        (("memory", "--recompute-interval", "40"), ("recompute_interval=40",)),
+        (("speed", "--dtype", "fp8"), ("fp8", "float32, bfloat16, mixed")),
+        (("speed", "--parts", "training,sleeping"), ("sleeping", "training, generation, memory")),
+        (("speed", "--turns", "0"), ("turns=0",)),
+        (("speed", "--warm-up", "-1"), ("warm_up=-1",)),
+        (("speed", "--device", "cuda:9"), ("cuda:9",)),
+        (("speed", "--hidden-size", "0"), ("hidden_size=0",)),
+        (("speed", "--num-attention-heads", "7"), ("heads",)),
+        (("fast",), ("fast",)),
+    ],
+)
+def test_bench_refuses(run, arguments, parts):
+    result = run(*arguments)
+    assert result.code == 2, result.err
+    assert result.out == ""
+    assert len(result.err.strip().splitlines()) == 1, result.err
+    for part in parts:
+        assert part in result.err
