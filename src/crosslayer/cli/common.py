@@ -83,7 +83,7 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
     return model.eval(), tokenizer
 
 
-def print_table(title: str, rows: list[tuple[str, str]], frame: bool = True) -> None:
+def print_summary(title: str, rows: list[tuple[str, str]], frame: bool = True) -> None:
     """A table of (what, value) under a title."""
     from rich.console import Console
     from rich.table import Table

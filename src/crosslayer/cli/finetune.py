@@ -86,7 +86,7 @@ def finetune(
 
 def show_plan(plan) -> None:
     """What was decided, before the first step."""
-    from .common import print_table
+    from .common import print_summary
 
     trained = ", ".join(f"{count:,} {name}" for name, count in plan.trained.items() if count)
     labels = f", classes {', '.join(plan.labels[:8])}" if plan.labels else ""
@@ -98,15 +98,15 @@ def show_plan(plan) -> None:
         ("metrics", f"{', '.join(plan.metrics)} (the first decides which checkpoint is best)"),
         ("steps", f"{plan.steps:,} of {plan.rows_per_step:,} rows"),
     ]
-    print_table(plan.recipe, rows, frame=False)
+    print_summary(plan.recipe, rows, frame=False)
 
 
 def show_report(report, folder: str) -> None:
     from pathlib import Path
 
-    from .common import print_table
+    from .common import print_summary
 
-    print_table(report.recipe["name"], report.rows())
+    print_summary(report.recipe["name"], report.rows())
     for sample in report.samples:
         print(f"\n{sample['prompt'].strip()}\n{sample['answer'].strip()}")
     for name, what in (("adapter", "adapter"), ("model", "model"), ("structure.png", "structure")):

@@ -61,7 +61,7 @@ def pretrain(
 
 def show_plan(plan) -> None:
     """What was decided, before the first step."""
-    from .common import print_table
+    from .common import print_summary
 
     groups = ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items() if count)
     train, validation = plan.data["train"], plan.data["validation"]
@@ -85,13 +85,13 @@ def show_plan(plan) -> None:
         ("recompute", plan.recompute),
         ("memory, estimated", f"{estimate:,.0f} MiB: {parts}"),
     ]
-    print_table(plan.recipe, rows, frame=False)
+    print_summary(plan.recipe, rows, frame=False)
 
 
 def show_report(report) -> None:
-    from .common import print_table
+    from .common import print_summary
 
-    print_table(report.recipe["name"], report.rows())
+    print_summary(report.recipe["name"], report.rows())
 
 
 def show_sample(report, prompt: str) -> None:
