@@ -13,6 +13,7 @@ os.environ.update(
     HF_HOME=_HF_HOME,
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
+    TRACKIO_DIR=os.path.join(_HF_HOME, "trackio"),  # read when trackio is imported, whoever does it first
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
 )

@@ -1,9 +1,11 @@
 """Two processes on a CPU, started the usual way, train as one does."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import yaml
@@ -34,10 +36,11 @@ def test_two_processes_equal_one(tmp_path):
 def test_trackers(tmp_path, monkeypatch, tracker):
     if find_spec(tracker) is None:
         pytest.skip(f"{tracker} is not installed (extra 'track')")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    folder = Path(os.environ["TRACKIO_DIR"]) if tracker == "trackio" else tmp_path / tracker
+    before = set(folder.rglob("*"))
     pretrain(tiny_recipe(tmp_path, max_steps=2, save_steps=2, report_to=tracker), tmp_path / "run")
-    files = [path for path in (tmp_path / tracker).rglob("*") if path.is_file()]
+    files = [path for path in set(folder.rglob("*")) - before if path.is_file()]
     assert files
     if tracker == "tensorboard":
         assert len(files) == 1  # one run, not a second one for the last evaluation
