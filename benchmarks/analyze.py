@@ -57,11 +57,13 @@ def main() -> None:
     parser.add_argument("--data", default="python-library")
     parser.add_argument("--max_tokens", type=int, default=100_000)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--output_dir", help="Keep the analysis here [default: throw it away].")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "analyze_cost.json")
     options = parser.parse_args()
     tokens, size = str(options.max_tokens), str(options.batch_size)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.output_dir or temporary
         plain = measure(["-c", PLAIN, options.model, options.data, tokens, size], options.threads)
         arguments = ["-m", "crosslayer", "analyze", options.model, "--data", options.data, "--max_tokens", tokens]
         analysis = measure([*arguments, "--batch_size", size, "--output_dir", folder], options.threads)

@@ -6,7 +6,7 @@ Conv1D c_attn, CR-Net's own and most others; the table below only gives the usua
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -29,7 +29,7 @@ SHORT_NAMES = {
 class Linear:
     """One linear of one block, whatever its class: its output is Y [..., out_features]."""
 
-    module: nn.Module
+    module: nn.Module | None
     in_features: int
     out_features: int
 
@@ -58,6 +58,11 @@ class Position:
     def width(self) -> int:
         """The largest output width."""
         return max(linear.out_features for linear in self.linears if linear is not None)
+
+    def without_modules(self) -> "Position":
+        """The same, without holding on to the model."""
+        linears = (linear and replace(linear, module=None) for linear in self.linears)
+        return replace(self, linears=tuple(linears))
 
     def is_paired(self, layer: int) -> bool:
         """Whether block `layer` and the one before have outputs of equal width."""

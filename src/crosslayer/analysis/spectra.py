@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from .positions import Linear, Position, find_positions
+from .positions import Position, find_positions
 
 KINDS = {
     "output": "Y_l",
@@ -37,6 +37,7 @@ KINDS = {
 ENERGIES = (0.9, 0.99)
 PANELS = 8
 SMALLEST_PANEL = 128
+ROWS = 2048  # tokens in one float32 product
 
 Batch = dict[str, torch.Tensor]
 
@@ -44,9 +45,9 @@ Batch = dict[str, torch.Tensor]
 class SymmetricGram:
     """sum of Y^T Y [F, F] in float64, upper part only, as row panels.
 
-    Each product is made in Y's own dtype (float32 or float64) over one batch and added in float64: the rounding of a
-    sum over all tokens is that of one batch, about 1e-7 of the largest entry in float32. With 8 panels it takes 9/16 of
-    the operations and 4.5 bytes per entry of the full matrix.
+    Each product is made in Y's own dtype (float32 or float64) over a few rows and added in float64: the rounding of a
+    sum over all tokens is that of those rows, about 1e-7 of the largest entry in float32. With 8 panels it takes 9/16
+    of the operations and 4.5 bytes per entry of the full matrix.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
@@ -241,7 +242,9 @@ def measure_spectra(
     if gram_bytes is None:
         gram_bytes = max(256 * 2**20, sum(p.numel() * p.element_size() for p in model.parameters()) // 4)
     passes = plan_passes(positions, gram_bytes)
-    result = Spectra(positions, layers, tokens, ranks, quarter, len(passes), gram_bytes)
+    result = Spectra(
+        [position.without_modules() for position in positions], layers, tokens, ranks, quarter, len(passes), gram_bytes
+    )
 
     was_training = model.training
     model.eval()
@@ -343,7 +346,7 @@ class _Pass:
         self.last_layer = max(layer for _, layer in items)
 
     def run(self, model: nn.Module, batches: Sequence[Batch], on_batch: Callable[[int], None]) -> None:
-        hooks = [linear.module.register_forward_hook(hook) for linear, hook in self._hooks()]
+        hooks = [module.register_forward_hook(hook) for module, hook in self._hooks()]
         device = next(model.parameters()).device
         try:
             with torch.no_grad():
@@ -364,15 +367,17 @@ class _Pass:
         self.tokens = batch["input_ids"].numel()
         self.waiting = {(position.name, layer) for position, layer in self.items if layer == self.last_layer}
 
-    def _hooks(self) -> Iterator[tuple[Linear, Callable]]:
+    def _hooks(self) -> Iterator[tuple[nn.Module, Callable]]:
         summed = {(position.name, layer) for position, layer in self.items}
         for position, layer in self.items:
             linear, below = position.linears[layer], position.linears[layer - 1]
-            assert linear is not None
             if position.is_paired(layer) and (position.name, layer - 1) not in summed:
                 assert below is not None
-                yield below, self._hook(position, layer - 1, sums=False)
-            yield linear, self._hook(position, layer, sums=True)
+                assert below.module is not None
+                yield below.module, self._hook(position, layer - 1, sums=False)
+            assert linear is not None
+            assert linear.module is not None
+            yield linear.module, self._hook(position, layer, sums=True)
 
     def _hook(self, position: Position, layer: int, *, sums: bool) -> Callable:
         key = (position.name, layer)
@@ -381,7 +386,7 @@ class _Pass:
         )
 
         def hook(module, arguments, output):
-            Y = self._rows(output, position)
+            Y = self._rows(output, position, copy=keeps)
             if sums:
                 previous = self.live.pop(position.name, None) if position.is_paired(layer) else None
                 self._add(key, Y, previous)
@@ -393,8 +398,8 @@ class _Pass:
 
         return hook
 
-    def _rows(self, output: torch.Tensor, position: Position) -> torch.Tensor:
-        """Y [tokens, F] in float32 or float64: a copy, since a model may go on to write into its output."""
+    def _rows(self, output: torch.Tensor, position: Position, copy: bool) -> torch.Tensor:
+        """Y [tokens, F] in float32 or float64; a copy where it is kept, since a model may write into its output."""
         rows = output.detach().reshape(-1, output.shape[-1])
         if rows.shape[0] != self.tokens:
             raise ConfigError(
@@ -402,20 +407,22 @@ class _Pass:
                 "its layers cannot be compared; leave it out with positions"
             )
         if self.mask is not None:
-            rows = rows[self.mask]
-        return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+            rows, copy = rows[self.mask], False  # it is one already
+        return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=copy)
 
     def _add(self, key: tuple[str, int], Y: torch.Tensor, previous: torch.Tensor | None) -> None:
         if key not in self.grams:
             self.grams[key] = SymmetricGram(Y.shape[-1], Y.device)
-        self.grams[key].add(Y)
-        if previous is not None:
-            if key not in self.differences:
-                self.differences[key] = SymmetricGram(Y.shape[-1], Y.device)
-            previous = previous.to(Y.device)
-            cosines = nn.functional.cosine_similarity(Y, previous, dim=-1).double().sum()
+        for rows in Y.split(ROWS):
+            self.grams[key].add(rows)
+        if previous is None:
+            return
+        if key not in self.differences:
+            self.differences[key] = SymmetricGram(Y.shape[-1], Y.device)
+        for rows, below in zip(Y.split(ROWS), previous.to(Y.device).split(ROWS), strict=True):
+            cosines = nn.functional.cosine_similarity(rows, below, dim=-1).double().sum()
             self.cosines[key] = self.cosines.get(key, 0.0) + cosines
-            self.differences[key].add(Y - previous)
+            self.differences[key].add(rows - below)
 
     def finish(self, tokens: int) -> Iterator[LinearSpectra]:
         for position, layer in self.items:
