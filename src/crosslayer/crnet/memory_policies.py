@@ -39,6 +39,7 @@ from .hand_written_layer import (
     State,
     can_be_hand_written,
     linears_of,
+    parameters_of,
     relative_difference,
 )
 
@@ -165,7 +166,7 @@ class Tape:
 
     def run(self, layer: nn.Module, h: torch.Tensor) -> torch.Tensor:
         """The layer, within its own forward: [B, T, D] -> [B, T, D]."""
-        parameters = dict(layer.named_parameters(remove_duplicate=False))
+        parameters = parameters_of(layer)
         return _LayerFunction.apply(self, len(self.hand_written), h, tuple(parameters), *parameters.values())
 
     def forward(self, index: int, h: torch.Tensor) -> torch.Tensor:
@@ -391,7 +392,7 @@ class Tape:
         """The layer once more, this time with autograd watching."""
         layer, below = self.layers[index], step.kept_below
         previous = list(below.Y.values()) if below is not None else []
-        parameters = {name: p for name, p in layer.named_parameters(remove_duplicate=False) if name in step.wanted}
+        parameters = {name: p for name, p in parameters_of(layer).items() if name in step.wanted}
         leaves = [tensor.detach().requires_grad_() for tensor in (step.h_below, *previous)]
         with (
             torch.enable_grad(),
