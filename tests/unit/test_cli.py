@@ -62,13 +62,14 @@ def test_help_is_quick_and_names_the_verbs():
     code = "import sys; sys.argv = ['crosslayer', '--help']; from crosslayer.cli import main\ntry: main()\n"
     code += "finally: print(sorted(set(sys.modules) & {'torch', 'transformers', 'datasets'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for verb in ("pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "bench"):
+    for verb in ("pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "bench", "compare"):
         assert verb in done.stdout
     assert done.stdout.strip().endswith("[]")  # nothing heavy was imported
 
 
 @pytest.mark.parametrize(
-    "verb", ["pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "bench memory", "bench speed"]
+    "verb",
+    ["pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "bench memory", "bench speed", "compare"],
 )
 def test_help_of_a_verb(run, verb):
     result = run(*verb.split(), "--help")

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from ..errors import CrossLayerError, TrainingError
-from . import analyze, bench, evaluate, finetune, generate, plan, pretrain
+from . import analyze, bench, compare, evaluate, finetune, generate, plan, pretrain
 
 app = typer.Typer(
     name="crosslayer",
@@ -25,6 +25,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=ANY_FIELD)(pretrain.pretrain)
 app.command(context_settings=ANY_FIELD)(finetune.finetune)
+app.command(context_settings=ANY_FIELD)(compare.compare)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(plan.plan)
