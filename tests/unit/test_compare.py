@@ -106,6 +106,7 @@ def test_run_of_a_method_has_its_rates_and_shortened_warmup(tmp_path):
 def test_optimizers_of_the_dense_model(tmp_path, method, monkeypatch):
     monkeypatch.setattr(comparing.importlib.util, "find_spec", lambda name: object())
     Options(methods=(method,))
+    monkeypatch.undo()
     content = recipe_of(method, tiny_recipe(tmp_path))
     recipe = build_recipe(content)
     config, arguments = build_model_config(recipe), build_arguments(recipe, tmp_path / "unused")

@@ -5,7 +5,7 @@ import torch
 
 from crosslayer.crnet import CRNetForCausalLM, CRNetForSequenceClassification
 from crosslayer.train import ParameterGroups, optimizer_groups
-from crosslayer.train.parameter_groups import group_names
+from crosslayer.train.parameter_groups import divide_groups, group_names
 from model_cases import CASES, config_of
 
 FACTORS = ParameterGroups(embedding_lr_factor=2.0, full_rank_lr_factor=0.1, low_rank_lr_factor=3.0, beta_lr_factor=0.5)
@@ -80,3 +80,23 @@ def test_weight_decay_leaves_beta_alone():
     assert moved
     assert all(".A." in name or "layers.0." in name for name in moved)  # B is zero at the start
     assert not any(name.endswith(("beta", "norm.weight", "embed_tokens.weight", "lm_head.weight")) for name in moved)
+
+
+def test_groups_of_an_optimizer_with_its_own_are_divided():
+    model = CRNetForCausalLM(config_of("cross_layer"))
+    projected = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
+    theirs = [
+        {"params": [p for p in model.parameters() if all(p is not q for q in projected)]},
+        {"params": projected, "rank": 4},
+    ]
+    divided = divide_groups(theirs, optimizer_groups(model, FACTORS, 1e-2, 0.5))
+    assert sum(len(group["params"]) for group in divided) == len(list(model.parameters()))
+    assert len({id(p) for group in divided for p in group["params"]}) == len(list(model.parameters()))
+    names = group_names(model)
+    of = {id(p): names[name] for name, p in model.named_parameters()}
+    for group in divided:
+        assert {of[id(p)] for p in group["params"]} == {group["name"]}
+        assert ("rank" in group) == any(p is q for p in group["params"] for q in projected)
+    rates = {group["name"]: group["lr"] for group in divided}
+    ours = {group["name"]: group["lr"] for group in optimizer_groups(model, FACTORS, 1e-2, 0.5)}
+    assert rates == ours

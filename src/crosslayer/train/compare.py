@@ -41,10 +41,8 @@ _log = logging.getLogger(__name__)
 TUNING_SEED_OFFSET = 100
 CURVE_POINTS = 10
 
-# Which factor of ParameterGroups a tuned rate stands for; "all" is the learning rate of an optimizer that makes its own
-# groups.
+# Which factor of ParameterGroups a tuned rate stands for.
 FACTORS = {"embedding": "embedding_lr_factor", "low_rank": "low_rank_lr_factor", "full_rank": "full_rank_lr_factor"}
-ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,14 @@ CONTENDERS = {
     "galore": Contender(
         "dense, GaLore",
         {"factorization": "dense"},
-        (ALL,),
+        ("embedding", "full_rank"),
         optim="galore_adamw",
         package=("galore_torch", "galore-torch"),
     ),
     "apollo": Contender(
         "dense, APOLLO",
         {"factorization": "dense"},
-        (ALL,),
+        ("embedding", "full_rank"),
         optim="apollo_adamw",
         package=("apollo_torch", "apollo-torch"),
     ),
@@ -268,7 +266,7 @@ def recipe_of(method: str, base: Recipe) -> dict[str, Any]:
         content["training"] |= {
             "optim": contender.optim,
             "optim_args": f"rank={rank}, update_proj_gap=200, scale={0.25 if method == 'galore' else 1.0}",
-            "optim_target_modules": ["self_attn", "mlp"],
+            "optim_target_modules": r".*\.(self_attn|mlp)\.\w+_proj",
         }
     return content
 
@@ -291,10 +289,7 @@ def equal_rank(base: Recipe, factorization: str) -> int:
 def start_rates(method: str, recipe: dict[str, Any]) -> dict[str, float]:
     """Where the search starts: the recipe's own rates."""
     rate = float(recipe["training"].get("learning_rate", 5e-5))
-    return {
-        kind: rate if kind == ALL else rate * recipe["parameter_groups"][FACTORS[kind]]
-        for kind in CONTENDERS[method].rates
-    }
+    return {kind: rate * recipe["parameter_groups"][FACTORS[kind]] for kind in CONTENDERS[method].rates}
 
 
 def content_of(job: Job) -> dict[str, Any]:
@@ -302,10 +297,7 @@ def content_of(job: Job) -> dict[str, Any]:
     content = {**job.recipe, "parameter_groups": dict(job.recipe["parameter_groups"])}
     training = dict(content["training"])
     learning_rate = float(training.get("learning_rate", 5e-5))
-    if ALL in job.rates:
-        learning_rate = job.rates[ALL]
-    else:
-        content["parameter_groups"] |= {FACTORS[kind]: rate / learning_rate for kind, rate in job.rates.items()}
+    content["parameter_groups"] |= {FACTORS[kind]: rate / learning_rate for kind, rate in job.rates.items()}
     if "low_rank" in job.rates:  # beta follows A and B, as in the recipe
         factors = job.recipe["parameter_groups"]
         ratio = factors["beta_lr_factor"] / (factors["low_rank_lr_factor"] or 1.0)
@@ -315,7 +307,6 @@ def content_of(job: Job) -> dict[str, Any]:
         training["warmup_steps"] = round(warmup * job.steps / training["max_steps"])
     training |= {
         "max_steps": job.steps,
-        "learning_rate": learning_rate,
         "seed": job.seed,
         "data_seed": job.seed,
         "eval_strategy": "steps",

@@ -88,3 +88,16 @@ def optimizer_groups(
         for group, (factor, decay) in settings.items()
         if members[group]
     ]
+
+
+def divide_groups(theirs: Iterable[dict], ours: Iterable[dict]) -> list[dict]:
+    """The groups of an optimizer that treats some matrices in its own way, each divided by learning rate and decay."""
+    ours = list(ours)
+    divided = []
+    for outer in theirs:
+        members = {id(parameter) for parameter in outer["params"]}
+        for inner in ours:
+            both = [parameter for parameter in inner["params"] if id(parameter) in members]
+            if both:
+                divided.append({**outer, **inner, "params": both})
+    return divided

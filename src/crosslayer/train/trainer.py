@@ -18,7 +18,7 @@ from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient
 from ..crnet import CRNetConfig, CrossLayerLinear
 from ..errors import ConfigError, TrainingError
 from ..evaluate import measure_perplexity
-from .parameter_groups import ParameterGroups, optimizer_groups
+from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
 
 _log = logging.getLogger(__name__)
 
@@ -151,10 +151,11 @@ class PretrainTrainer(SafeTrainer):
         model = self.model if model is None else model
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if {"params", "model", "optimizer_dict"} & settings.keys():
-                # Optimizers that choose their own parameters (GaLore, APOLLO, LOMO).
+            if {"model", "optimizer_dict"} & settings.keys():  # steps parameter by parameter (LOMO, layer-wise GaLore)
                 return super().create_optimizer(model)
             groups = optimizer_groups(model, self.parameter_groups, self.args.learning_rate, self.args.weight_decay)
+            if "params" in settings:  # GaLore, APOLLO
+                groups = divide_groups(settings.pop("params"), groups)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
