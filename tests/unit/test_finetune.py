@@ -225,11 +225,21 @@ def test_the_head_takes_its_own_rate(root):
         ({"r": 0}, "r=0 must be at least 1"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"method": "mergelor2c", "max_fuses": "many"}, "max_fuses='many' must be auto"),
+        ({"method": "mergelor2c", "parameter_budget": 99}, "parameter_budget: only for max_fuses=auto"),
+        ({"method": "lora", "validation_budget": 0.1}, "validation_budget: only for"),
     ],
 )
 def test_adapters_that_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
         AdapterConfig(**settings)
+
+
+def test_budgets_of_auto_reach_the_callback(root):
+    model = AutoModelForSequenceClassification.from_pretrained(root / "encoder")
+    budgets = {"parameter_budget": 99, "validation_budget": 0.5, "auto_threshold": 0.2}
+    adapter = AdapterConfig(method="imlor2c", r=2, max_fuses="auto", max_injections="auto", **budgets)
+    (callback,) = attach(model, adapter, "classification").callbacks
+    assert {name: getattr(callback, name) for name in budgets} == budgets
 
 
 def test_counts_that_the_model_does_not_allow_are_refused_before_anything_is_written(root):

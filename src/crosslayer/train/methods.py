@@ -27,6 +27,7 @@ from ..errors import ConfigError
 
 METHODS = ("lor2c", "sharelor2c", "mergelor2c", "injectlor2c", "imlor2c", "lora", "full", "head")
 FUSING, INJECTING = ("mergelor2c", "imlor2c"), ("injectlor2c", "imlor2c")
+AUTO_SETTINGS = ("parameter_budget", "validation_budget", "auto_threshold")
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "instruction": "CAUSAL_LM"}
 
 
@@ -71,6 +72,15 @@ class AdapterConfig:
     max_span: int | None = None
     """Most blocks that one fused module may cover."""
 
+    parameter_budget: int | None = None
+    """max_fuses auto: nothing more is fused once the adapter has this many parameters or fewer."""
+
+    validation_budget: float | None = None
+    """auto: no more changes once an evaluation after a change is worse by more than this than the one before."""
+
+    auto_threshold: float | None = None
+    """auto: the share of the singular values' sum that a change may lose. None = 0.1."""
+
     head_lr_factor: float = 1.0
     """Factor on learning_rate for the new head. The paper's GLUE script uses 0.5."""
 
@@ -94,6 +104,9 @@ class AdapterConfig:
                 problems.append(f"{name} is for {' and '.join(methods)}, not for method={self.method!r}")
             elif count != "auto" and (not isinstance(count, int) or count < 0):
                 problems.append(f"{name}={count!r} must be auto, or a number of at least 0")
+        budgets = [name for name in AUTO_SETTINGS if getattr(self, name) is not None]
+        if budgets and "auto" not in (self.max_fuses, self.max_injections):
+            problems.append(f"{', '.join(budgets)}: only for max_fuses=auto or max_injections=auto")
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -216,6 +229,7 @@ def _structure_callback(adapter: AdapterConfig) -> Any:
     settings: dict[str, Any] = {
         name: getattr(adapter, name) for name in ("interval", "interval_unit", "criterion", "survivor", "max_span")
     }
+    settings |= {name: value for name in AUTO_SETTINGS if (value := getattr(adapter, name)) is not None}
     return LoR2CStructureCallback(
         max_fuses=count(adapter.max_fuses, FUSING, 1),
         max_injections=count(adapter.max_injections, INJECTING, 3),
