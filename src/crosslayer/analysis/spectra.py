@@ -15,7 +15,9 @@ Nothing but Gram matrices outlives a batch. Those that do not fit into `gram_byt
 passes over the text, each stopping the forward after the last block it needs.
 """
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -351,6 +353,13 @@ class _Buffers:
         return self.empty_like(rows, name).copy_(rows)
 
 
+def give_back_memory() -> None:
+    """Returns what the model's forward has freed to the system; glibc would keep it, and eigenvalues come on top."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class _EnoughError(Exception):
     """Ends a forward after the last block that a pass needs."""
 
@@ -385,6 +394,7 @@ class _Pass:
             for handle in hooks:
                 handle.remove()
             self.buffers = _Buffers()  # lets them go before the eigenvalues
+            give_back_memory()
 
     def _start(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
