@@ -15,7 +15,9 @@ Nothing but Gram matrices outlives a batch. Those that do not fit into `gram_byt
 passes over the text, each stopping the forward after the last block it needs.
 """
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -328,6 +330,36 @@ def plan_passes(positions: list[Position], gram_bytes: int) -> list[list[Item]]:
     return passes
 
 
+def row_cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Cosine of each row of a [tokens, F] with that of b, [tokens], without a product of their size."""
+    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return torch.einsum("tf,tf->t", a, b) / norms.clamp_min(torch.finfo(a.dtype).tiny)
+
+
+class _Buffers:
+    """Memory that is used again from batch to batch: allocated anew between a model's own tensors, it would scatter."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple, torch.Tensor] = {}
+
+    def empty_like(self, rows: torch.Tensor, name: str) -> torch.Tensor:
+        key = (name, rows.shape[1], rows.dtype, rows.device)
+        if key not in self.kept or len(self.kept[key]) < len(rows):
+            self.kept[key] = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        return self.kept[key][: len(rows)]
+
+    def copy_of(self, rows: torch.Tensor, name: str) -> torch.Tensor:
+        """A copy that stays as it is when the model writes into its output."""
+        return self.empty_like(rows, name).copy_(rows)
+
+
+def give_back_memory() -> None:
+    """Returns what the model's forward has freed to the system; glibc would keep it, and eigenvalues come on top."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class _EnoughError(Exception):
     """Ends a forward after the last block that a pass needs."""
 
@@ -341,6 +373,7 @@ class _Pass:
         self.differences: dict[tuple[str, int], SymmetricGram] = {}
         self.cosines: dict[tuple[str, int], float | torch.Tensor] = {}
         self.live: dict[str, torch.Tensor] = {}  # Y of the latest block, by position
+        self.buffers = _Buffers()
         self.mask: torch.Tensor | None = None
         self.tokens = 0
         self.last_layer = max(layer for _, layer in items)
@@ -360,6 +393,8 @@ class _Pass:
         finally:
             for handle in hooks:
                 handle.remove()
+            self.buffers = _Buffers()  # lets them go before the eigenvalues
+            give_back_memory()
 
     def _start(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
@@ -386,20 +421,20 @@ class _Pass:
         )
 
         def hook(module, arguments, output):
-            Y = self._rows(output, position, copy=keeps)
+            Y = self._rows(output, position)
             if sums:
                 previous = self.live.pop(position.name, None) if position.is_paired(layer) else None
                 self._add(key, Y, previous)
             if keeps:
-                self.live[position.name] = Y
+                self.live[position.name] = self.buffers.copy_of(Y, position.name)
             self.waiting.discard(key)
             if layer == self.last_layer and not self.waiting:
                 raise _EnoughError
 
         return hook
 
-    def _rows(self, output: torch.Tensor, position: Position, copy: bool) -> torch.Tensor:
-        """Y [tokens, F] in float32 or float64; a copy where it is kept, since a model may write into its output."""
+    def _rows(self, output: torch.Tensor, position: Position) -> torch.Tensor:
+        """Y [tokens, F] of the tokens that count, in float32 or float64."""
         rows = output.detach().reshape(-1, output.shape[-1])
         if rows.shape[0] != self.tokens:
             raise ConfigError(
@@ -407,8 +442,8 @@ class _Pass:
                 "its layers cannot be compared; leave it out with positions"
             )
         if self.mask is not None:
-            rows, copy = rows[self.mask], False  # it is one already
-        return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=copy)
+            rows = rows[self.mask]
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def _add(self, key: tuple[str, int], Y: torch.Tensor, previous: torch.Tensor | None) -> None:
         if key not in self.grams:
@@ -420,9 +455,9 @@ class _Pass:
         if key not in self.differences:
             self.differences[key] = SymmetricGram(Y.shape[-1], Y.device)
         for rows, below in zip(Y.split(ROWS), previous.to(Y.device).split(ROWS), strict=True):
-            cosines = nn.functional.cosine_similarity(rows, below, dim=-1).double().sum()
-            self.cosines[key] = self.cosines.get(key, 0.0) + cosines
-            self.differences[key].add(rows - below)
+            self.cosines[key] = self.cosines.get(key, 0.0) + row_cosines(rows, below).double().sum()
+            difference = self.buffers.empty_like(rows, "difference")
+            self.differences[key].add(torch.sub(rows, below, out=difference))
 
     def finish(self, tokens: int) -> Iterator[LinearSpectra]:
         for position, layer in self.items:
