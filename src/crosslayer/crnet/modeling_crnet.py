@@ -110,6 +110,7 @@ class CRNetAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.carries = config.factorization == "cross_layer"
 
         self.q_proj = build_linear(config, layer_idx, "q", config.attention_bias)
         self.k_proj = build_linear(config, layer_idx, "k", config.attention_bias)
@@ -129,9 +130,9 @@ class CRNetAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns (Y_o [B, T, D], attention weights or None, Y_q, Y_k, Y_v [B, T, F]), the Y before RoPE."""
-        y_q = carry(project(self.q_proj, hidden_states, previous_q), self.config)
-        y_k = carry(project(self.k_proj, hidden_states, previous_k), self.config)
-        y_v = carry(project(self.v_proj, hidden_states, previous_v), self.config)
+        y_q = carry(project(self.q_proj, hidden_states, previous_q), self.carries)
+        y_k = carry(project(self.k_proj, hidden_states, previous_k), self.carries)
+        y_v = carry(project(self.v_proj, hidden_states, previous_v), self.carries)
 
         assert position_embeddings is not None
         query, key, value = self.heads(y_q, y_k, y_v, hidden_states.dtype, position_embeddings)
@@ -139,7 +140,7 @@ class CRNetAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         attended, attention_weights = self.attend(query, key, value, attention_mask, **kwargs)
 
-        y_o = carry(project(self.o_proj, attended, previous_o), self.config)
+        y_o = carry(project(self.o_proj, attended, previous_o), self.carries)
         return y_o, attention_weights, y_q, y_k, y_v
 
     def heads(
@@ -187,7 +188,7 @@ class CRNetMLP(nn.Module):
 
     def __init__(self, config: CRNetConfig, layer_idx: int) -> None:
         super().__init__()
-        self.config = config
+        self.carries = config.factorization == "cross_layer"
         self.gate_proj = build_linear(config, layer_idx, "gate", config.mlp_bias)
         self.up_proj = build_linear(config, layer_idx, "up", config.mlp_bias)
         self.down_proj = build_linear(config, layer_idx, "down", config.mlp_bias)
@@ -201,9 +202,9 @@ class CRNetMLP(nn.Module):
         previous_down: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns (Y_down [B, T, D], Y_gate, Y_up [B, T, F]), Y_gate before the activation."""
-        y_gate = carry(project(self.gate_proj, x, previous_gate), self.config)
-        y_up = carry(project(self.up_proj, x, previous_up), self.config)
-        y_down = carry(project(self.down_proj, self.gated(y_gate, y_up, x.dtype), previous_down), self.config)
+        y_gate = carry(project(self.gate_proj, x, previous_gate), self.carries)
+        y_up = carry(project(self.up_proj, x, previous_up), self.carries)
+        y_down = carry(project(self.down_proj, self.gated(y_gate, y_up, x.dtype), previous_down), self.carries)
         return y_down, y_gate, y_up
 
     def gated(self, y_gate: torch.Tensor, y_up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -211,9 +212,9 @@ class CRNetMLP(nn.Module):
         return self.act_fn(y_gate.to(dtype)) * y_up.to(dtype)
 
 
-def carry(y: torch.Tensor, config: CRNetConfig) -> torch.Tensor:
+def carry(y: torch.Tensor, carries: bool) -> torch.Tensor:
     """Y as it is carried on: at least float32 where layers build on one another, untouched elsewhere."""
-    return y.to(carry_dtype(y.dtype)) if config.factorization == "cross_layer" else y
+    return y.to(carry_dtype(y.dtype)) if carries else y
 
 
 class CRNetDecoderLayer(GradientCheckpointingLayer):
@@ -438,7 +439,7 @@ class CRNetModel(CRNetPreTrainedModel):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
             **kwargs,
         }
-        hidden_states = carry(inputs_embeds, self.config)
+        hidden_states = carry(inputs_embeds, self.config.factorization == "cross_layer")
         if self._uses_tape(hidden_states, past_key_values, kwargs):
             hidden_states = self._forward_on_tape(hidden_states, arguments)
         else:
