@@ -5,7 +5,8 @@
 Whole training steps (forward, backward, AdamW) on random tokens; after a warm-up the methods take turns step by step,
 so that a busy machine slows both alike. Time: median, 20th and 80th percentile of the steps, and the median of the
 ratios of neighbouring steps. Memory: what a forward saves for its backward, counted, and the growth of the resident
-set over five steps, each method in a process of its own (Linux).
+set over five steps, each method in a process of its own (Linux). Inference: forwards with the adapter beside the base,
+against the base alone.
 """
 
 import argparse
@@ -77,6 +78,32 @@ def saved_bytes(model, inputs) -> int:
     return sum(kept.values())
 
 
+def inference(name: str, options) -> dict:
+    """CPU seconds of a forward without gradients: the batch of a step, and one token as in decoding."""
+    import torch
+
+    models = {"base": base_model(name, options.model).eval()}
+    models |= {method: contender(name, method, options.model)[0].eval() for method in METHODS}
+    shapes = {"batch": (options.batch, options.length, 1), "one_token": (1, 1, 40)}
+    found: dict[str, dict] = {}
+    for what, (batch, length, repeats) in shapes.items():
+        inputs = {key: value for key, value in make_inputs(batch, length).items() if key != "labels"}
+        seconds: dict[str, list[float]] = {key: [] for key in models}
+        for turn in range(options.steps + 2):
+            for key, model in models.items():
+                started = time.process_time()
+                with torch.no_grad():
+                    for _ in range(repeats):
+                        model(**inputs)
+                if turn >= 2:
+                    seconds[key].append((time.process_time() - started) / repeats)
+        found[what] = {f"{key}_cpu_s": statistics.median(times) for key, times in seconds.items()}
+        for method in METHODS:
+            ratios = [a / b for a, b in zip(seconds[method], seconds["base"], strict=True)]
+            found[what][f"{method}_over_base"] = statistics.median(ratios)
+    return found
+
+
 def peak_rss_above_model(name: str, method: str, options) -> int:
     """Growth of the largest resident set over five steps in a process of its own, the model already loaded."""
     command = [sys.executable, __file__, "--one", name, method, "--batch", str(options.batch)]
@@ -132,6 +159,7 @@ def measure(name: str, options) -> dict:
     row["time_ratio"] = statistics.median(ratios)
     for memory in ("saved_activation_bytes", "peak_rss_above_model_bytes"):
         row[f"{memory.removesuffix('_bytes')}_ratio"] = row["lor2c"][memory] / row["lora"][memory]
+    row["inference"] = inference(name, options)
     return row
 
 
@@ -175,6 +203,9 @@ def main() -> None:
                 f"({r['step_cpu_s_p20']:.3f} to {r['step_cpu_s_p80']:.3f}) | {saved:.1f} | {peak:.1f} |"
             )
         print(json.dumps({name: value for name, value in row.items() if name == "model" or name.endswith("_ratio")}))
+        for what, measured in row["inference"].items():
+            ratios = (f"{method} {measured[f'{method}_over_base']:.3f}" for method in METHODS)
+            print(f"inference without merging, {what}, over the base alone: {', '.join(ratios)}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 from itertools import pairwise
@@ -184,26 +185,30 @@ def measure_peak(sizes: dict) -> dict[str, Any]:
     return {"shape": shape_of(sizes["hidden"], 0), "batch": batch, "sequence": sequence, "layers": found}
 
 
-def measure_speed(sizes: dict, dtypes: list[str], depths: list[int], turns: int) -> dict[str, Any]:
+def median_ratio(seconds: list[float], others: list[float]) -> float:
+    """Of the ratios within a turn: what changes from turn to turn meets both."""
+    return round(statistics.median(a / b for a, b in zip(seconds, others, strict=True)), 3)
+
+
+def measure_speed(sizes: dict, dtypes: list[str], depths: list[int], count: int) -> dict[str, Any]:
     batch, sequence = sizes["speed_tokens"]
     found: dict[str, Any] = {}
     for dtype in dtypes:
         for layers in depths:
             contenders = Contenders(shape_of(sizes["hidden"], layers), METHODS_HERE, dtype=dtype)
-            rows = measure_training(contenders, contenders.tokens(batch, sequence), turns=turns, warm_up=min(2, turns))
-            for row in rows.values():
-                seconds = row["step_s"]["median"]
-                row["step_over_none"] = round(seconds / rows["crnet"]["step_s"]["median"], 3)
-                row["speed_over_dense"] = round(rows["dense"]["step_s"]["median"] / seconds, 3)
-                checkpointed = rows["dense_checkpointing"]["step_s"]["median"]
-                row["speed_over_dense_checkpointing"] = round(checkpointed / seconds, 3)
+            rows = measure_training(contenders, contenders.tokens(batch, sequence), turns=count, warm_up=min(2, count))
+            turns = {name: row["step_s"]["turns"] for name, row in rows.items()}
+            for name, row in rows.items():
+                row["step_over_none"] = median_ratio(turns[name], turns["crnet"])
+                row["speed_over_dense"] = median_ratio(turns["dense"], turns[name])
+                row["speed_over_dense_checkpointing"] = median_ratio(turns["dense_checkpointing"], turns[name])
             found.setdefault(dtype, {})[str(layers)] = rows
             del contenders
     return {
         "shape": shape_of(sizes["hidden"], 0),
         "batch": batch,
         "sequence": sequence,
-        "turns": turns,
+        "turns": count,
         "dtypes": found,
     }
 

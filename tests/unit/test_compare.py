@@ -102,18 +102,20 @@ def test_run_of_a_method_has_its_rates_and_shortened_warmup(tmp_path):
     assert job.key != Job(method="crnet", recipe=job.recipe, rates=rates, **{**settings, "seed": 10}).key
 
 
-@pytest.mark.parametrize("method", ["galore", "apollo"])
-def test_optimizers_of_the_dense_model(tmp_path, method, monkeypatch):
-    monkeypatch.setattr(comparing.importlib.util, "find_spec", lambda name: object())
-    Options(methods=(method,))
-    monkeypatch.undo()
-    content = recipe_of(method, tiny_recipe(tmp_path))
-    recipe = build_recipe(content)
+@pytest.mark.parametrize(("method", "package"), [("galore", "galore_torch"), ("apollo", "apollo_torch")])
+def test_optimizers_of_the_dense_model(tmp_path, method, package):
+    pytest.importorskip(package)
+    base = tiny_recipe(tmp_path)
+    recipe = build_recipe(recipe_of(method, base))
     config, arguments = build_model_config(recipe), build_arguments(recipe, tmp_path / "unused")
     assert config.factorization == "dense"
     assert training_method(config, arguments).optimizer == method
-    assert "rank=8" in arguments.optim_args
-    assert estimate_memory(config, training_step(arguments, 32), training_method(config, arguments))["optimizer"] > 0
+    content = compare(base, Options(methods=(method,), **{**QUICK, "seeds": 1, "tuning_runs": 2}), tmp_path / "out")
+    row = content["methods"][method]
+    assert row["curves"][0][-1]["loss"] < row["curves"][0][0]["loss"]
+    assert row["rates"].keys() == {"embedding", "full_rank"}
+    states = estimate_memory(config, training_step(arguments, 32), training_method(config, arguments))["optimizer"]
+    assert row["peak_memory_bytes"]["optimizer"] == states
 
 
 # The whole

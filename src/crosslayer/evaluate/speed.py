@@ -58,12 +58,17 @@ def _seconds_of(step: Step, device: str) -> float:
 
 
 def summarize(seconds: list[float], tokens: int) -> dict[str, Any]:
-    """Tokens/s by the median, and the spread: 20th and 80th percentile of the seconds."""
+    """Tokens/s by the median, the spread (20th and 80th percentile of the seconds), and every turn."""
     median = statistics.median(seconds)
     quantiles = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else [median] * 4
     return {
         "tokens_per_s": round(tokens / median, 1),
-        "step_s": {"median": _rounded(median), "p20": _rounded(quantiles[0]), "p80": _rounded(quantiles[-1])},
+        "step_s": {
+            "median": _rounded(median),
+            "p20": _rounded(quantiles[0]),
+            "p80": _rounded(quantiles[-1]),
+            "turns": [_rounded(turn) for turn in seconds],
+        },
     }
 
 
