@@ -157,54 +157,27 @@ def train(method: str, rates: dict[str, float], seed: int, steps: int, options) 
     return result
 
 
-def tune(method: str, options) -> tuple[dict[str, float], list[dict]]:
-    """Best learning rates of a method and every tuning run, by coordinate search over factors of two."""
-    rates = {kind: START[kind] for kind in RATES[method]}
-    runs: dict[tuple, dict] = {}
+def tune(method: str, options) -> tuple[dict[str, float], dict[str, bool], list[dict]]:
+    """Best learning rates of a method, whether each has a worse neighbour on both sides, and every tuning run."""
+    from crosslayer.train.compare import has_worse_neighbours, search_rates
 
-    def loss(candidate: dict[str, float]) -> float:
-        key = tuple(candidate.values())
-        if key not in runs:
-            runs[key] = train(method, candidate, TUNING_SEED, TUNING_STEPS, options)
-            print(f"{method:10s} {candidate} -> {runs[key]['loss']:.4f}", file=sys.stderr, flush=True)
-        return runs[key]["loss"]
+    runs: list[dict] = []
 
-    def settle(kind: str) -> None:
-        nonlocal rates
-        while len(runs) < MAX_TUNING_RUNS:
-            lower, upper = {**rates, kind: rates[kind] / 2}, {**rates, kind: rates[kind] * 2}
-            here = loss(rates)
-            if loss(lower) < here:
-                rates = lower
-            elif loss(upper) < here:
-                rates = upper
-            else:
-                return
+    def loss(rates: dict[str, float]) -> float:
+        runs.append(train(method, rates, TUNING_SEED, TUNING_STEPS, options))
+        print(f"{method:10s} {rates} -> {runs[-1]['loss']:.4f}", file=sys.stderr, flush=True)
+        return runs[-1]["loss"]
 
-    # The embeddings first: their rate matters most. Again, until a whole round changes nothing.
-    before = None
-    while before != rates and len(runs) < MAX_TUNING_RUNS:
-        before = rates
-        for kind in sorted(RATES[method], key=("embedding", "low_rank", "full_rank").index):
-            settle(kind)
-    return rates, list(runs.values())
+    # The embeddings first: their rate matters most.
+    order = sorted(RATES[method], key=("embedding", "low_rank", "full_rank").index)
+    rates, tried = search_rates({kind: START[kind] for kind in order}, loss, MAX_TUNING_RUNS)
+    return rates, has_worse_neighbours(rates, tried), runs
 
 
 def finals(method: str, rates: dict[str, float], seed: int, options) -> dict:
     result = train(method, rates, seed, FINAL_STEPS, options)
     print(f"{method:10s} seed {seed} -> {result['loss']:.4f}", file=sys.stderr, flush=True)
     return result
-
-
-def interior(method: str, rates: dict[str, float], runs: list[dict]) -> dict[str, bool]:
-    """Whether each chosen rate has a worse neighbour on both sides in the tuning runs."""
-    losses = {tuple(run["rates"].values()): run["loss"] for run in runs}
-    best = losses[tuple(rates.values())]
-
-    def worse(kind: str, factor: float) -> bool:
-        return losses.get(tuple({**rates, kind: rates[kind] * factor}.values()), -1.0) >= best
-
-    return {kind: worse(kind, 0.5) and worse(kind, 2.0) for kind in rates}
 
 
 def main() -> None:
@@ -238,13 +211,13 @@ def main() -> None:
 
     summary = {}
     for method, outcomes in results.items():
-        rates, tuning = tuned[method]
+        rates, inside, tuning = tuned[method]
         losses = [outcome["loss"] for outcome in outcomes]
         parameters = outcomes[0]["parameters"]
         summary[method] = {
             "model": METHODS[method],
             "rates": rates,
-            "rates_inside_grid": interior(method, rates, tuning),
+            "rates_inside_grid": inside,
             "tuning": [{"rates": run["rates"], "loss": run["loss"]} for run in tuning],
             "parameters": sum(parameters.values()),
             "parameters_without_embeddings": sum(parameters.values()) - parameters["embeddings"] - parameters["head"],
