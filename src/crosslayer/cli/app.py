@@ -36,7 +36,7 @@ app.add_typer(bench.bench, name="bench")
 
 def main() -> None:
     """Entry point. Ends the process."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks when PEFT imports it, of kernels nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it asks for kernels
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
