@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 import shutil
+import sys
 import tempfile
 
 # Before torch and transformers are imported, and inherited by every process that a test starts.
@@ -60,3 +61,13 @@ def no_deprecation_logged():
 def seeded():
     """Every test draws the same random numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def libraries_speak():
+    """What one test silences, as the command line does, is heard again in the next."""
+    name = "transformers.utils.logging"
+    before = sys.modules[name].get_verbosity() if name in sys.modules else logging.WARNING
+    yield
+    if name in sys.modules:
+        sys.modules[name].set_verbosity(before)
