@@ -37,17 +37,9 @@ from result_file import ResultFile
 HERE = Path(__file__).parent
 POLICIES = ["crnet", "crnet_low_rank", "crnet_replay", "crnet_reversible"]
 METHODS_HERE = ["llama", "dense", "dense_checkpointing", "cola", *POLICIES]
-SMOKE = {
-    "hidden": 64,
-    "depths": [2, 4],
-    "resident": [4, 8],
-    "speed": [2, 3],
-    "exact": 4,
-    "tokens": (1, 32),
-    "speed_tokens": (1, 32),
-}
+SMOKE = {"hidden": 64, "depths": [2, 4], "resident": [4, 8], "speed": [2, 3], "exact": 4, "tokens": (1, 32)}
 FULL = {"hidden": 512, "depths": [4, 8, 12, 16, 24, 32, 48], "resident": [4, 12, 20], "speed": [8, 24], "exact": 48}
-FULL |= {"tokens": (4, 256), "speed_tokens": (8, 256)}  # 8 rows: those of the default recipe
+FULL["tokens"] = (4, 256)
 
 
 def shape_of(hidden: int, layers: int, sequence: int = 256) -> dict[str, Any]:
@@ -191,7 +183,7 @@ def median_ratio(seconds: list[float], others: list[float]) -> float:
 
 
 def measure_speed(sizes: dict, dtypes: list[str], depths: list[int], count: int) -> dict[str, Any]:
-    batch, sequence = sizes["speed_tokens"]
+    batch, sequence = sizes["tokens"]
     found: dict[str, Any] = {}
     for dtype in dtypes:
         for layers in depths:

@@ -4,7 +4,6 @@ Exit code 0 on success, 2 for wrong input, 1 for a failure while running; errors
 CROSSLAYER_DEBUG=1 shows the traceback of an error.
 """
 
-import logging
 import os
 import sys
 
@@ -36,7 +35,6 @@ app.add_typer(bench.bench, name="bench")
 
 def main() -> None:
     """Entry point. Ends the process."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it asks for kernels
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 MODEL_FOLDER = "model"
 
+# PEFT imports it wherever it is installed, and it asks for kernels that nobody needs here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """["--learning_rate", "1e-3", "--bf16=true", "--use_cpu"] -> {field: value}. Raises ConfigError."""
