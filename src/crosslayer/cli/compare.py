@@ -30,7 +30,7 @@ def compare(
         typer.Option("--validation_blocks", "--validation-blocks", help="Blocks behind the curves and the search."),
     ] = 128,
     workers: Annotated[
-        int | None, typer.Option(help="Runs beside one another [default: one a core; on CUDA one].")
+        int | None, typer.Option(help="Runs beside one another [default: torch's threads; on CUDA one].")
     ] = None,
     output_dir: Annotated[
         str | None,

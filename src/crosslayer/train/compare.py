@@ -231,10 +231,10 @@ def compare(
             losses = ", ".join("diverged" if run["loss"] is None else f"{run['loss']:.4f}" for run in results[name])
             tell(f"{name}: validation loss {losses}")
     except KeyboardInterrupt:
-        pool.stop()
         done = len(list(folder.glob("*.json")))
         raise TrainingError(f"interrupted after {done} runs; --resume goes on from there") from None
-    pool.close()
+    finally:
+        pool.stop()  # what failed in one run must not wait for the others
     content = {
         "what": "validation loss (nats per token) of methods at equal data, tokens, shape and tuning effort",
         "recipe": recipe.to_dict(),
@@ -494,10 +494,6 @@ class _Pool:
     def stop(self) -> None:
         if self.executor is not None:
             self.executor.shutdown(wait=False, cancel_futures=True)
-
-    def close(self) -> None:
-        if self.executor is not None:
-            self.executor.shutdown()
 
 
 @dataclass
