@@ -37,9 +37,9 @@ from result_file import ResultFile
 HERE = Path(__file__).parent
 POLICIES = ["crnet", "crnet_low_rank", "crnet_replay", "crnet_reversible"]
 METHODS_HERE = ["llama", "dense", "dense_checkpointing", "cola", *POLICIES]
-SMOKE = {"hidden": 64, "depths": [2, 4], "resident": [4, 8], "speed": [2, 3], "exact": 4, "tokens": (1, 32)}
+SMOKE = {"hidden": 64, "depths": [2, 4], "resident": [4, 8], "speed": [2, 3], "exact": 4, "sequence": 32}
 FULL = {"hidden": 512, "depths": [4, 8, 12, 16, 24, 32, 48], "resident": [4, 12, 20], "speed": [8, 24], "exact": 48}
-FULL["tokens"] = (4, 256)
+FULL["sequence"] = 256
 
 
 def shape_of(hidden: int, layers: int, sequence: int = 256) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def memory_status(field: str) -> int:
 # peak, speed, bf16
 
 
-def measure_peak(sizes: dict) -> dict[str, Any]:
-    batch, sequence = sizes["tokens"]
+def measure_peak(sizes: dict, batch: int) -> dict[str, Any]:
+    sequence = sizes["sequence"]
     found = {}
     for layers in sizes["speed"]:
         contenders = Contenders(shape_of(sizes["hidden"], layers), METHODS_HERE)
@@ -182,8 +182,8 @@ def median_ratio(seconds: list[float], others: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(seconds, others, strict=True)), 3)
 
 
-def measure_speed(sizes: dict, dtypes: list[str], depths: list[int], count: int) -> dict[str, Any]:
-    batch, sequence = sizes["tokens"]
+def measure_speed(sizes: dict, dtypes: list[str], depths: list[int], batch: int, count: int) -> dict[str, Any]:
+    sequence = sizes["sequence"]
     found: dict[str, Any] = {}
     for dtype in dtypes:
         for layers in depths:
@@ -349,6 +349,7 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--redo", action="store_true", help="measure sections again that are in the file")
     parser.add_argument("--turns", type=int, default=8, help="counted turns of each contender")
+    parser.add_argument("--rows", type=int, default=8, help="sequences in a step: peak, speed and bf16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "memory_cpu.json")
@@ -360,14 +361,14 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     sizes = SMOKE if options.smoke else FULL
-    turns = options.turns
+    rows, turns = options.rows, options.turns
     results = ResultFile(options.out, "activation memory of CR-Net's policies, on a CPU", redo=options.redo)
     measures = {
         "saved": lambda: measure_saved(sizes),
         "resident": lambda: measure_resident(sizes),
-        "peak": lambda: measure_peak(sizes),
-        "speed": lambda: measure_speed(sizes, ["float32"], sizes["speed"], turns),
-        "bf16": lambda: measure_speed(sizes, ["mixed", "bfloat16"], sizes["speed"][:1], turns),
+        "peak": lambda: measure_peak(sizes, rows),
+        "speed": lambda: measure_speed(sizes, ["float32"], sizes["speed"], rows, turns),
+        "bf16": lambda: measure_speed(sizes, ["mixed", "bfloat16"], sizes["speed"][:1], rows, turns),
         "interval": lambda: measure_interval(sizes),
     }
     for name in options.sections:

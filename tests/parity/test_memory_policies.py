@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, hand_written_layer, memory_policies
+from crosslayer.crnet.hand_written_parts import OnePassAttention
 from model_cases import CASES, SHAPE, gradients, model_of, tokens
 
 REBUILDING = ("low_rank", "replay", "reversible")
@@ -32,15 +33,15 @@ def deep_model(layers, b, dtype=torch.float64, seed=0):
     return model
 
 
-def gradients_of(model, policy=None, interval=None, autocast=False):
+def gradients_of(model, policy=None, interval=None, autocast=False, length=40, **call):
     """Gradients of the loss in float64 logits; without a policy, of plain autograd."""
     model.train(policy is not None)
     if policy is not None:
         model.set_recompute(policy, interval)
     model.zero_grad()
-    ids = tokens(length=40)
+    ids = tokens(length=length)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(ids, use_cache=False).logits.double()
+        logits = model(ids, **call, use_cache=False).logits.double()
     (-logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])).mean().backward()
     return gradients(model)
 
@@ -164,6 +165,68 @@ def test_replay_equals_none_can_fail(monkeypatch):
     monkeypatch.setattr(hand_written_layer.HandWrittenLayer, "replay", off_by_one_bit)
     actual = gradients_of(model, "replay")
     assert not all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+# Attention, its output and its gradients in one pass
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Every one that is made."""
+    made = []
+    one_pass = OnePassAttention._pass
+    monkeypatch.setattr(OnePassAttention, "_pass", lambda run, d: made.append(run) or one_pass(run, d))
+    return made
+
+
+@pytest.mark.parametrize("length", [7, 63, 64, 150])  # the last one: two whole blocks and a part of one
+@pytest.mark.parametrize("case", ["cross_layer", "gqa"])
+def test_one_pass(case, length, passes):
+    model = model_of(case, dtype=torch.float64, num_hidden_layers=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("beta"):
+                parameter.fill_(0.9)
+    expected = gradients_of(model, length=length)
+    assert worst_error(gradients_of(model, "low_rank", length=length), expected) <= 1e-12
+    assert len(passes) == 2
+
+
+def test_one_pass_can_fail(monkeypatch):
+    model = deep_model(4, 0.9)
+    expected = gradients_of(model, length=70)
+    one_pass = OnePassAttention._pass
+
+    def one_key_is_off(run, d_output):
+        d_heads = one_pass(run, d_output)
+        d_heads[1][:, :, :1] *= 1 + 1e-6
+        return d_heads
+
+    monkeypatch.setattr(OnePassAttention, "_pass", one_key_is_off)
+    assert worst_error(gradients_of(model, "low_rank", length=70), expected) > 1e-9
+
+
+def test_one_pass_only_for_plain_causal_attention(passes):
+    """Everything else is asked from the attention implementation, as in the forward."""
+    model = deep_model(3, 0.9, torch.float32)
+    packed = torch.cat([torch.arange(15), torch.arange(25)]).expand(2, -1)
+    gradients_of(model, "low_rank", position_ids=packed)
+    gradients_of(model, "low_rank", attention_mask=(tokens(length=40) > 5).long())
+    gradients_of(model, "low_rank", autocast=True)
+    gradients_of(model.bfloat16(), "low_rank")
+    gradients_of(model.float(), "replay")
+    gradients_of(model, "reversible")
+    model.set_attn_implementation("eager")
+    gradients_of(model, "low_rank")
+    model.set_attn_implementation("sdpa")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    gradients_of(model, "low_rank")
+    assert not passes
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    gradients_of(model, "low_rank")
+    assert len(passes) == 2
 
 
 # float32 and bf16: deep nets

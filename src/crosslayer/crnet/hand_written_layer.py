@@ -101,17 +101,17 @@ class Product:
             return x.to(self.dtype)
         return nn.functional.silu(U) if self.activation == "silu" else U
 
-    def advance(self, previous: torch.Tensor | None, T: torch.Tensor, dtype: torch.dtype, in_place: bool):
-        """Y_l = b Y_{l-1} + T B, written over Y_{l-1} if asked to."""
+    def advance(self, previous: torch.Tensor | None, T: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None):
+        """Y_l = b Y_{l-1} + T B, into `out` (which may be Y_{l-1}), or a new tensor."""
         if previous is None:
             return self._increment(T).to(dtype)
         b = self.b
         assert b is not None
         if T.dtype != previous.dtype:
-            return torch.add(self._increment(T), previous, alpha=b, out=previous if in_place else None)
+            return torch.add(self._increment(T), previous, alpha=b, out=out)
         rows, weight = previous.view(-1, previous.shape[-1]), self.weight.to(self.dtype)
         T = T.reshape(-1, T.shape[-1])
-        rows = torch.addmm(rows, T, weight.t(), beta=b, out=rows if in_place else None)
+        rows = torch.addmm(rows, T, weight.t(), beta=b, out=None if out is None else out.view(rows.shape))
         if self.bias is not None:
             rows.add_(self.bias)
         return rows.view(previous.shape)
@@ -134,13 +134,22 @@ class Product:
         return nn.functional.linear(T, self.weight.to(self.dtype), bias)
 
     def backward(
-        self, G: torch.Tensor, x: torch.Tensor, U: torch.Tensor | None, dx: torch.Tensor, add: bool, wanted: set[str]
+        self,
+        G: torch.Tensor,
+        x: Callable[[], torch.Tensor],
+        U: torch.Tensor | None,
+        dx: torch.Tensor,
+        add: bool,
+        wanted: set[str],
     ) -> dict[str, torch.Tensor]:
-        """G = dY_l [B, T, F] -> gradients of the wanted parameters by name; dX [B, T, in] into, or added to, `dx`."""
+        """G = dY_l [B, T, F] -> gradients of the wanted parameters by name; dX [B, T, in] into, or added to, `dx`.
+
+        `x` gives X. Where there is an A it is asked last, when dX is written.
+        """
         gradients: dict[str, torch.Tensor] = {}
         rows = G.reshape(-1, G.shape[-1]).to(self.dtype)
         if f"{self.last_name}.weight" in wanted:
-            T = self.inner(x, U)
+            T = self.inner(x() if U is None else None, U)
             gradients[f"{self.last_name}.weight"] = rows.t() @ T.reshape(-1, T.shape[-1])  # dB = T^T G
         if f"{self.last_name}.bias" in wanted:
             gradients[f"{self.last_name}.bias"] = G.reshape(-1, G.shape[-1]).sum(0)
@@ -150,9 +159,6 @@ class Product:
             rows = rows @ weight  # dT = G B^T
             if self.activation == "silu":
                 rows = torch.ops.aten.silu_backward(rows, U.reshape(rows.shape))
-            if f"{self.name}.A.weight" in wanted:
-                x_rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-                gradients[f"{self.name}.A.weight"] = rows.t() @ x_rows  # dA = X^T dU
             weight = self.A.to(self.dtype)
         d_rows = dx.view(-1, dx.shape[-1])
         if d_rows.dtype == self.dtype:
@@ -161,6 +167,9 @@ class Product:
             d_rows.add_(rows @ weight)
         else:
             d_rows.copy_(rows @ weight)
+        if self.A is not None and f"{self.name}.A.weight" in wanted:
+            X = x()
+            gradients[f"{self.name}.A.weight"] = rows.t() @ X.reshape(-1, X.shape[-1]).to(self.dtype)  # dA = X^T dU
         return gradients
 
 
@@ -211,7 +220,7 @@ class HandWrittenLayer:
         if U is not None:
             self.U[position] = U
         below = previous[position] if previous is not None else None
-        return product.advance(below, product.inner(x, U), dtype, in_place)
+        return product.advance(below, product.inner(x, U), dtype, out=below if in_place else None)
 
     def normed(self, name: str, h: torch.Tensor) -> Norm:
         return Norm(name, getattr(self.layer, name), h, self.call.scratch)
@@ -224,13 +233,18 @@ class HandWrittenLayer:
         with self.call.autocast():
             return Gate(self.layer.mlp, Y, dtype, self.call.scratch)
 
-    def replay(self, state: State, low_rank: Outputs) -> State:
-        """The forward's additions once more, from the low-rank outputs: equal to the last bit."""
+    def replay(self, state: State, low_rank: Outputs, name: str) -> State:
+        """The forward's additions once more, from the low-rank outputs: equal to the last bit.
+
+        Written into `Scratch` under this name, good until another replay takes the same one.
+        """
         Y = {}
         for position, product in self.products.items():
-            T = product.inner(None, low_rank[position])
-            Y[position] = product.advance(state.Y[position], T, state.h.dtype, in_place=False)
-        return State((state.h + Y["o"]).add_(Y["down"]), Y)
+            T, previous = product.inner(None, low_rank[position]), state.Y[position]
+            out = self.call.scratch.get(f"{name} {position}", previous.shape, previous)
+            Y[position] = product.advance(previous, T, state.h.dtype, out)
+        h = self.call.scratch.get(f"{name} h", state.h.shape, state.h)
+        return State(torch.add(state.h, Y["o"], out=h).add_(Y["down"]), Y)
 
     # Backward
 
@@ -247,11 +261,11 @@ class HandWrittenLayer:
         x = normed.output
         gate = self.gate(step.Y, x.dtype)
         d_gated = scratch.get("d_gated", gate.output.shape, gate.output)
-        self._backward_product("down", step.d_h, gate.output, d_gated, step)
+        self._backward_product("down", step.d_h, lambda: gate.output, d_gated, step)
         d_gate, d_up = gate.gradients(d_gated)
         dx = scratch.get("dx", x.shape, x)
-        self._backward_product("gate", d_gate, x, dx, step)
-        self._backward_product("up", d_up, x, dx, step, add=True)
+        self._backward_product("gate", d_gate, lambda: x, dx, step)
+        self._backward_product("up", d_up, lambda: x, dx, step, add=True)
         d_mid = scratch.get("d_mid", step.d_h.shape, step.d_h)
         return self._backward_norm("post_attention_layernorm", normed, dx, step.d_h, step, out=d_mid)
 
@@ -261,19 +275,19 @@ class HandWrittenLayer:
         x = normed.output
         attention = step.attention if step.attention is not None else step.attend_again(self, x.dtype)
         d_attended = scratch.get("d_attended", attention.output.shape, attention.output)
-        self._backward_product("o", d_mid, attention.output, d_attended, step)
+        self._backward_product("o", d_mid, partial(attention.output_given, d_attended), d_attended, step)
         d_heads = attention.gradients(d_attended, keep_graph=step.keep_graph)
         del attention
         dx = scratch.get("dx", x.shape, x)
         for position, d_head in zip(("q", "k", "v"), d_heads, strict=True):
-            self._backward_product(position, d_head, x, dx, step, add=position != "q")
+            self._backward_product(position, d_head, lambda: x, dx, step, add=position != "q")
         return self._backward_norm("input_layernorm", normed, dx, d_mid, step)
 
     def _backward_product(
         self,
         position: str,
         d_Y: torch.Tensor,
-        x: torch.Tensor,
+        x: Callable[[], torch.Tensor],
         dx: torch.Tensor,
         step: "BackwardStep",
         add: bool = False,
@@ -281,10 +295,10 @@ class HandWrittenLayer:
         """d Y_l of one position -> d X into, or added to, `dx`; from here on Y_l may have become Y_{l-1}."""
         product = self.products[position]
         G = step.total_gradient(position, d_Y)
-        U = self.U[position] if position in self.U else product.low_rank(x)
+        U = self.U[position] if position in self.U else product.low_rank(x())
         step.gradients.update(product.backward(G, x, U, dx, add, step.wanted))
         if product.b is not None:
-            previous = step.output_below(position, product, lambda: product.inner(x, U))
+            previous = step.output_below(position, product, lambda: product.inner(None, U))
             if f"{product.name}.beta" in step.wanted:  # db = <G, Y_{l-1}>, and db/dbeta = 1
                 step.gradients[f"{product.name}.beta"] = torch.dot(G.view(-1), previous.reshape(-1)).view(1)
 

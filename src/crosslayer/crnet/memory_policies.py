@@ -42,6 +42,7 @@ from .hand_written_layer import (
     parameters_of,
     relative_difference,
 )
+from .hand_written_parts import OnePassAttention
 
 logger = logging.get_logger(__name__)
 
@@ -313,7 +314,8 @@ class Tape:
         inverts = self.policy.inverts and self.hand_written[index]
         h_below = self.inputs.get(index, below.h if below is not None else None)
         if h_below is None or (inverts and (index == 0 or index not in self.inputs)):
-            rebuilt = (live.h - live.Y["down"]).sub_(live.Y["o"])  # h_{l-1} = h_l - Y_down - Y_o
+            buffer = self.call.scratch.get(f"h rebuilt {index % 2}", live.h.shape, live.h)
+            rebuilt = torch.sub(live.h, live.Y["down"], out=buffer).sub_(live.Y["o"])  # h_{l-1} = h_l - Y_down - Y_o
             if h_below is None:
                 h_below = rebuilt
             else:
@@ -324,6 +326,14 @@ class Tape:
         return step
 
     def _attend_again(self, layer: HandWrittenLayer, Y: dict, dtype: torch.dtype, kept: Kept):
+        # In one pass the output comes last, when U = O A is there already. `replay` promises the bits of the forward.
+        attention = layer.layer.self_attn
+        if (
+            self.policy.inverts
+            and "o" in (kept.low_rank or {})
+            and OnePassAttention.fits(attention, Y, self.call, dtype)
+        ):
+            return OnePassAttention(attention, Y, self.call, dtype)
         with restored_random_state(kept.random_state, next(iter(Y.values()))):
             return layer.attend(Y, dtype, waits=False)
 
@@ -345,7 +355,7 @@ class Tape:
                 low_rank = self.kept[at].low_rank
                 assert low_rank is not None
                 layer = HandWrittenLayer(self.layers[at], self.call, self.b[at])
-                self.states[at] = layer.replay(below, low_rank)
+                self.states[at] = layer.replay(below, low_rank, f"replayed {at - bottom}")
 
     @contextmanager
     def _gathered(self, index: int):
