@@ -52,6 +52,16 @@ METHODS = {
     "full": {"method": "full"},
     "head": {"method": "head"},
 }
+# What might explain a difference between LoR2C and LoRA, one change each: (method, its changes, changes of the run).
+EXPLAIN_TASK = "cola"
+EXPLANATIONS = {
+    "lor2c, twice the rate": ("lor2c", {}, {"learning_rate": 4e-3}),
+    "lor2c, twice the scaling": ("lor2c", {"alpha": 32.0}, {}),
+    "lor2c, no dropout": ("lor2c", {"dropout": 0.0}, {}),
+    "lor2c, as many parameters as LoRA": ("lor2c", {"r": 16}, {}),
+    "lor2c, twice the epochs": ("lor2c", {}, {"epochs": 6}),
+    "lora_same_r, twice the epochs": ("lora_same_r", {}, {"epochs": 6}),
+}
 RATES = {"full": (3e-5, 1.2e-4, 4.8e-4), "head": (4e-3, 1.6e-2, 6.4e-2)}
 ADAPTER_RATES = (5e-4, 2e-3, 8e-3)
 
@@ -99,7 +109,7 @@ def train(key: dict, model: Path, glue: Path, work: Path) -> dict:
                 "seed": key["seed"],
                 "cache_dir": str(work / "cache"),
             },
-            "adapter": METHODS[key["method"]],
+            "adapter": adapter_of(key["method"]),
             "training": {
                 "num_train_epochs": key["epochs"],
                 "per_device_train_batch_size": key["batch_size"],
@@ -149,6 +159,7 @@ class Results:
             "what": "validation metric after the last step; learning rates tuned per method on one task with one seed",
             "model": {"package": PACKAGE, "sha256": WEIGHTS_SHA256},
             "methods": METHODS,
+            "explanations": EXPLANATIONS,
             "run": {**describe_run(), "command": "python benchmarks/lor2c_minilm.py --glue DIR"},
             "runs": self.runs,
         }
@@ -198,6 +209,14 @@ def run_all(keys: list[dict], results: Results, model: Path | None, options, lab
     return [run for key in keys if (run := results.find(key)) is not None]
 
 
+def adapter_of(name: str) -> dict:
+    """`adapter` of the recipe, for a method or an explanation."""
+    if name in METHODS:
+        return METHODS[name]
+    method, changes, _ = EXPLANATIONS[name]
+    return METHODS[method] | changes
+
+
 def rates_of(method: str) -> tuple[float, ...]:
     return RATES.get(method, ADAPTER_RATES)
 
@@ -207,6 +226,20 @@ def tune(results: Results, model: Path | None, options) -> dict[str, float]:
     keys = [make_key(m, TUNING_TASK, rate, TUNING_SEED) for m in options.methods for rate in rates_of(m)]
     runs = run_all(keys, results, model, options, "tuning")
     return {m: max((r for r in runs if r["method"] == m), key=deciding)["learning_rate"] for m in options.methods}
+
+
+def explain(results: Results, model: Path | None, rates: dict[str, float], options) -> None:
+    """The explanations, each on one task with the seeds of the table."""
+    keys = []
+    for seed in SEEDS:
+        for name, (method, _, changes) in EXPLANATIONS.items():
+            keys.append(make_key(name, EXPLAIN_TASK, rates[method], seed) | changes)
+    runs = run_all(keys, results, model, options, "explanations")
+    print(f"\n| {EXPLAIN_TASK} | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " |")
+    print("|---|" + "---|" * len(SEEDS))
+    for name in EXPLANATIONS:
+        found = {run["seed"]: f"{100 * deciding(run):.1f}" for run in runs if run["method"] == name}
+        print(f"| {name} | " + " | ".join(found.get(seed, "-") for seed in SEEDS) + " |")
 
 
 def deciding(run: dict) -> float:
@@ -272,9 +305,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lor2c_minilm.json")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--explain", action="store_true", help="then change one thing at a time, on CoLA")
     parser.add_argument("--table", action="store_true", help="only show what there is")
     parser.add_argument("--png", action="store_true", help="draw the averages beside the results")
     options = parser.parse_args()
+    if options.explain and set(options.methods) != set(METHODS):
+        parser.error("--explain needs all methods")
     missing = [task for task in TASKS if not (options.glue / task).is_dir()]
     if missing:
         parser.error(f"{options.glue} has no folder {missing[0]}; needed are {', '.join(TASKS)}")
@@ -288,6 +324,8 @@ def main() -> None:
     finals = run_all(keys, results, model, options, "table")
     print(f"{len(finals)} of {len(keys)} runs")
     print_table(finals, rates, options.methods)
+    if options.explain:
+        explain(results, model, rates, options)
     if options.png:
         draw(options.out.with_suffix(".png"), finals, options.methods)
 

@@ -4,6 +4,7 @@ Contenders take turns within one process: a change of the machine's speed meets 
 the turns after a warm-up, with the 20th and 80th percentile beside it. On CUDA, events around each turn.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -31,13 +32,16 @@ def take_turns(
     device: str = "cpu",
     before: Callable[[str], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every counted turn of each step; `before(name)` runs ahead of its turn, outside the clock."""
+    """Seconds of every counted turn of each step; `before(name)` runs ahead of its turn, outside the clock.
+
+    Every turn has its own order, so that what a step leaves in caches and heap is not always the same one's gain.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warm_up + turns):
-        for name, step in steps.items():
+        for name in random.Random(turn).sample(list(steps), len(steps)):
             if before is not None:
                 before(name)
-            taken = _seconds_of(step, device)
+            taken = _seconds_of(steps[name], device)
             if turn >= warm_up:
                 seconds[name].append(taken)
     return seconds
