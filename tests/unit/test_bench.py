@@ -75,7 +75,7 @@ def test_wrong_contenders(shape, arguments, parts):
 
 
 def test_contenders_take_turns(monkeypatch):
-    """Interleaved, in an order that changes; the warm-up and what runs before a turn are outside the clock."""
+    """Interleaved; the warm-up and what runs before a turn are outside the clock."""
     now, order = [0.0], []
     monkeypatch.setattr(speed_module.time, "perf_counter", lambda: now[0])
 
@@ -91,14 +91,28 @@ def test_contenders_take_turns(monkeypatch):
 
     steps = {"a": step("a", [9, 1, 2, 3]), "b": step("b", [9, 2, 4, 6])}
     seconds = take_turns(steps, 3, warm_up=1, before=before)
-    turns = [tuple(order[at : at + 2]) for at in range(0, 8, 2)]
-    assert set(turns) == {("a", "b"), ("b", "a")}
+    assert order == ["a", "b"] * 4
     assert seconds == {"a": [1, 2, 3], "b": [2, 4, 6]}
     assert summarize(seconds["a"], 10)["tokens_per_s"] == 5.0
     rows = training_rows(seconds, {"a": 100, "b": 50}, {"a": 1, "b": 2}, 10, "a")
     assert [row["speed_over_llama"] for row in rows.values()] == [1.0, 0.5]
     assert [row["speed_if_operations_decided"] for row in rows.values()] == [1.0, 2.0]
     assert rows["b"]["step_s"]["p20"] < rows["b"]["step_s"]["median"] < rows["b"]["step_s"]["p80"]
+
+
+def test_steps_ahead_of_a_turn_are_not_counted(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: now[0])
+
+    def step(name):
+        def run():
+            order.append(name)
+            now[0] += order.count(name)
+
+        return run
+
+    assert take_turns({"a": step("a"), "b": step("b")}, 2, warm_up=0, ahead=1) == {"a": [2, 4], "b": [2, 4]}
+    assert "".join(order) == "aabbaabb"
 
 
 def test_one_turn_has_no_spread():

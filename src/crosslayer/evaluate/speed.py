@@ -4,7 +4,6 @@ Contenders take turns within one process: a change of the machine's speed meets 
 the turns after a warm-up, with the 20th and 80th percentile beside it. On CUDA, events around each turn.
 """
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -29,19 +28,23 @@ def take_turns(
     turns: int,
     *,
     warm_up: int = 2,
+    ahead: int = 0,
     device: str = "cpu",
     before: Callable[[str], Any] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every counted turn of each step; `before(name)` runs ahead of its turn, outside the clock.
 
-    Every turn has its own order, so that what a step leaves in caches and heap is not always the same one's gain.
+    With `ahead` each turn first runs its step so many times outside the clock: it then finds the heap as it left it
+    itself, as in training, and not as the contender before left it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warm_up + turns):
-        for name in random.Random(turn).sample(list(steps), len(steps)):
+        for name, step in steps.items():
             if before is not None:
                 before(name)
-            taken = _seconds_of(steps[name], device)
+            for _ in range(ahead):
+                step()
+            taken = _seconds_of(step, device)
             if turn >= warm_up:
                 seconds[name].append(taken)
     return seconds
@@ -133,7 +136,9 @@ def training_rows(
     }
 
 
-def measure_training(contenders: Contenders, ids: torch.Tensor, *, turns: int = 12, warm_up: int = 2) -> dict[str, Any]:
+def measure_training(
+    contenders: Contenders, ids: torch.Tensor, *, turns: int = 12, warm_up: int = 2, ahead: int = 0
+) -> dict[str, Any]:
     """Training speed of every method: {method: row of `training_rows`, with "mfu" on devices whose peak is known}.
 
     Methods of one model share its weights and its optimizer.
@@ -148,7 +153,8 @@ def measure_training(contenders: Contenders, ids: torch.Tensor, *, turns: int = 
         steps[name] = training_step(model, ids, optimizers[kind], contenders.precision)
         operations[name] = matrix_operations(model, ids)
         parameters[name] = sum(parameter.numel() for parameter in model.parameters())
-    seconds = take_turns(steps, turns, warm_up=warm_up, device=contenders.device, before=contenders.model)
+    clock = partial(take_turns, turns=turns, warm_up=warm_up, ahead=ahead, device=contenders.device)
+    seconds = clock(steps, before=contenders.model)
     reference = REFERENCE if REFERENCE in seconds else next(iter(seconds))
     rows = training_rows(seconds, operations, parameters, ids.numel(), reference)
     peak = peak_flops(torch.cuda.get_device_name(ids.device)) if ids.is_cuda else None
