@@ -249,12 +249,12 @@ class OnePassAttention:
     """Queries; 32 and 96 take 3 to 6 % longer."""
 
     def __init__(self, attention: Any, Y: Outputs, call: Call, dtype: torch.dtype) -> None:
-        self.scaling, self.scratch = attention.scaling, call.scratch
+        self.scaling = attention.scaling
         with torch.enable_grad():
             self.leaves = [Y[position].detach().requires_grad_() for position in ("q", "k", "v")]
             self.heads = _heads(attention, self.leaves, call, dtype)
         batch, heads, length, width = self.heads[0].shape
-        self.output = self._buffer("attended", (batch, length, heads * width))  # filled by `gradients`
+        self.output = self.heads[0].new_empty(batch, length, heads * width)  # filled by `gradients`
         self.found: tuple[torch.Tensor, ...] = ()
 
     @staticmethod
@@ -293,11 +293,10 @@ class OnePassAttention:
         shared, block = key.shape[1], min(self.BLOCK, length)
         output, d_output = (x.view(batch, length, heads, width).transpose(1, 2) for x in (self.output, d_output))
         d_query, d_key, d_value = (
-            self._buffer(f"d {name}", (batch, length, x.shape[1], width)).transpose(1, 2)
-            for name, x in (("Q", query), ("K", key), ("V", value))
+            query.new_empty(batch, length, x.shape[1], width).transpose(1, 2) for x in (query, key, value)
         )
-        dK, dV = (self._buffer(name, (shared, length, width)) for name in ("dK", "dV"))
-        buffers = [self._buffer(name, (heads * block * length,)) for name in ("P", "dS")]
+        dK, dV = query.new_empty(2, shared, length, width)
+        buffers = query.new_empty(2, heads * block * length)
         later = query.new_full((block, block), -torch.inf).triu(1)
         for row in range(batch):
             dK.zero_()
@@ -322,9 +321,6 @@ class OnePassAttention:
             torch.mul(dK, self.scaling, out=d_key[row])
             d_value[row] = dV
         return [d_query, d_key, d_value]
-
-    def _buffer(self, name: str, shape: Iterable[int]) -> torch.Tensor:
-        return self.scratch.get(name, shape, self.heads[0])
 
 
 def _heads(attention: Any, leaves: Iterable[torch.Tensor], call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
