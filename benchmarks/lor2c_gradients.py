@@ -60,6 +60,7 @@ def main() -> None:
     from crosslayer.analysis.adapters import GradientRecorder, SFSRecorder, draw_gradient_ratio, draw_sfs
     from crosslayer.cli.common import quiet_libraries
     from crosslayer.train.run_folder import describe_run, write_json
+    from result_file import command_of, describe_model
 
     quiet_libraries()
     recorders = {method: GradientRecorder() for method in ("lor2c", "lora")}
@@ -69,13 +70,15 @@ def main() -> None:
         "lora": run("lora", options, [recorders["lora"]]),
     }
     lor2c, lora = (recorders[method].mean() for method in ("lor2c", "lora"))
+    settings = {name: str(value) for name, value in vars(options).items() if name in _SETTINGS}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         options.out,
         {
             "what": "root mean square of the adapter's gradient per block, mean over the steps",
-            "settings": {name: str(value) for name, value in vars(options).items() if name in _SETTINGS},
-            "run": describe_run(),
+            "model": describe_model(options.model),
+            "settings": settings,
+            "run": {**describe_run(), "command": command_of("lor2c_gradients.py", settings)},
             "metrics": metrics,
             "gradient": {"lor2c": lor2c, "lora": lora},
             "gradient_by_step": {method: recorder.magnitudes for method, recorder in recorders.items()},

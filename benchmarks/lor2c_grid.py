@@ -101,6 +101,7 @@ def main() -> None:
 
     from crosslayer.cli.common import quiet_libraries
     from crosslayer.train.run_folder import describe_run, read_json, write_json
+    from result_file import command_of, describe_model
 
     quiet_libraries()
     settings = {
@@ -121,7 +122,9 @@ def main() -> None:
         if any((cell["fuses"], cell["injections"]) == (fuses, injections) for cell in cells):
             continue
         cells.append(run_cell(fuses, injections, options))
-        write_json(options.out, {"settings": settings, "run": describe_run(), "cells": cells})
+        run = {**describe_run(), "command": f"{command_of('lor2c_grid.py', settings)} --auto"}
+        content = {"model": describe_model(options.model), "settings": settings, "run": run, "cells": cells}
+        write_json(options.out, content)
         print(
             json.dumps(cells[-1]["metrics"] | {"fuses": fuses, "injections": injections}), file=sys.stderr, flush=True
         )

@@ -350,6 +350,7 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--redo", action="store_true", help="measure sections again that are in the file")
     parser.add_argument("--turns", type=int, default=8, help="counted turns of each contender")
+    parser.add_argument("--layers", nargs="+", type=int, help="depths of peak and speed, the first one of bf16: 8 24")
     parser.add_argument("--rows", type=int, default=8, help="sequences in a step: peak, speed and bf16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
@@ -362,6 +363,8 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     sizes = SMOKE if options.smoke else FULL
+    if options.layers:
+        sizes["speed"] = options.layers
     rows, turns = options.rows, options.turns
     results = ResultFile(options.out, "activation memory of CR-Net's policies, on a CPU", redo=options.redo)
     measures = {

@@ -1,5 +1,6 @@
 """One JSON of results, section by section: what is there is not measured again, and a file is never half written."""
 
+import hashlib
 import json
 import os
 import sys
@@ -43,3 +44,18 @@ class ResultFile:
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
         os.replace(unfinished, self.path)
+
+
+def describe_model(model: str) -> dict[str, str]:
+    """Which model a figure is of: the sha256 of its weights where it is a local folder, whose path says nothing."""
+    weights = Path(model) / "model.safetensors"
+    if not weights.is_file():
+        return {"name": model}
+    with weights.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def command_of(script: str, settings: dict[str, str]) -> str:
+    """The command line of a run with these settings, folders by their options' names."""
+    given = [f"--{name} {value}" for name, value in settings.items() if value != "None"]
+    return " ".join(["python", f"benchmarks/{script}", "--model MODEL", "--data DATA", *given])

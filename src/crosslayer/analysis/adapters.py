@@ -117,7 +117,7 @@ def draw_sfs(path: Path, records: Sequence[dict[str, Any]]) -> bool:
         label = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
         axes.plot(*zip(*own, strict=True), linewidth=1.2, label=label)
     axes.set_xlabel("step")
-    axes.set_ylabel("SFS (share of the singular values outside the top r/2)")
+    axes.set_ylabel("SFS: share of singular values below the r / 2 largest")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(path)
