@@ -28,7 +28,8 @@ def sources(folder: Path) -> Path:
         requirements = ["--requirement", str(HERE / "requirements.txt")]
         subprocess.run([sys.executable, "-m", "pip", "download", *options, *requirements, "--dest", folder], check=True)
         with tarfile.open(next(folder.glob("peft-*.tar.gz"))) as archive:
-            archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # 3.11.4 and newer
+            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since Python 3.11.4
+            archive.extractall(folder, **safely)
         found = sorted(folder.glob("peft-*/tests"))
         (found[-1] / "__init__.py").touch()  # left out of the distribution; its tests import one another
     return found[-1].parent
