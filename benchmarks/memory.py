@@ -8,7 +8,7 @@ Sections, in benchmarks/results/memory_cpu.json:
     saved      bytes kept for the backward by method and depth, counted; drawn as docs/memory_depth.png
     resident   growth of the process's peak resident memory per layer, one process for each depth, against the count
     peak       peak of a training step by part
-    speed      tokens/s and step time, float32, all contenders taking turns, each with one uncounted step ahead
+    speed      tokens/s and step time, float32, contenders in processes of their own, taking turns
     bf16       the same with bf16 products and with bf16 weights, 8 layers
     interval   the largest `reversible` interval whose gradients are still right, and what it keeps
 
@@ -188,7 +188,9 @@ def measure_speed(sizes: dict, dtypes: list[str], depths: list[int], batch: int,
     for dtype in dtypes:
         for layers in depths:
             contenders = Contenders(shape_of(sizes["hidden"], layers), METHODS_HERE, dtype=dtype)
-            rows = measure_training(contenders, contenders.tokens(batch, sequence), turns=count, warm_up=0, ahead=1)
+            rows = measure_training(
+                contenders, contenders.tokens(batch, sequence), turns=count, warm_up=2, own_processes=True
+            )
             turns = {name: row["step_s"]["turns"] for name, row in rows.items()}
             for name, row in rows.items():
                 del row["speed_over_llama"]  # dense is the measure here

@@ -659,4 +659,4 @@ def test_flop_counter_sees_every_product():
     assert count("none") == count(None)
     rows, length = tokens().shape
     attention = 6 * 2 * rows * length**2 * config.num_attention_heads * config.head_dim
-    assert count("low_rank") == count(None) + rebuilt + (config.num_hidden_layers - 1) * attention
+    assert count("low_rank") == count(None) + rebuilt + config.num_hidden_layers * attention

@@ -101,6 +101,10 @@ class Product:
             return x.to(self.dtype)
         return nn.functional.silu(U) if self.activation == "silu" else U
 
+    def asks_input_last(self, U: torch.Tensor | None) -> bool:
+        """Whether dX needs no X: all but an activation whose argument U is not at hand."""
+        return U is not None or self.activation is None
+
     def advance(self, previous: torch.Tensor | None, T: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None):
         """Y_l = b Y_{l-1} + T B, into `out` (which may be Y_{l-1}), or a new tensor."""
         if previous is None:
@@ -141,36 +145,47 @@ class Product:
         dx: torch.Tensor,
         add: bool,
         wanted: set[str],
-    ) -> dict[str, torch.Tensor]:
-        """G = dY_l [B, T, F] -> gradients of the wanted parameters by name; dX [B, T, in] into, or added to, `dx`.
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """G = dY_l [B, T, F] -> gradients of wanted parameters by name, and T; dX [B, T, in] into, or added to, `dx`.
 
-        `x` gives X. Where there is an A it is asked last, when dX is written.
+        `x` gives X. Where U is there, or `asks_input_last`, it is asked when dX is written.
         """
+        if not self.asks_input_last(U):
+            U = self.low_rank(x())
+        d_increment = G.reshape(-1, G.shape[-1]).to(self.dtype)
+        d_rows, weight = d_increment, self.weight.to(self.dtype)
+        if self.A is not None:
+            d_rows, weight = d_increment @ weight, self.A.to(self.dtype)  # dT = G B^T
+            if self.activation == "silu":
+                assert U is not None
+                d_rows = torch.ops.aten.silu_backward(d_rows, U.reshape(d_rows.shape))
+        _product_into(dx.view(-1, dx.shape[-1]), d_rows, weight, add)  # dX = dU A^T
+
         gradients: dict[str, torch.Tensor] = {}
-        rows = G.reshape(-1, G.shape[-1]).to(self.dtype)
+        wants_A = self.A is not None and f"{self.name}.A.weight" in wanted
+        X = x() if U is None or wants_A else None
+        if U is None and self.A is not None:
+            assert X is not None
+            U = self.low_rank(X)
+        T = self.inner(X, U)
         if f"{self.last_name}.weight" in wanted:
-            T = self.inner(x() if U is None else None, U)
-            gradients[f"{self.last_name}.weight"] = rows.t() @ T.reshape(-1, T.shape[-1])  # dB = T^T G
+            gradients[f"{self.last_name}.weight"] = d_increment.t() @ T.reshape(-1, T.shape[-1])  # dB = T^T G
         if f"{self.last_name}.bias" in wanted:
             gradients[f"{self.last_name}.bias"] = G.reshape(-1, G.shape[-1]).sum(0)
-        weight = self.weight.to(self.dtype)
-        if self.A is not None:
-            assert U is not None
-            rows = rows @ weight  # dT = G B^T
-            if self.activation == "silu":
-                rows = torch.ops.aten.silu_backward(rows, U.reshape(rows.shape))
-            weight = self.A.to(self.dtype)
-        d_rows = dx.view(-1, dx.shape[-1])
-        if d_rows.dtype == self.dtype:
-            torch.addmm(d_rows, rows, weight, beta=float(add), out=d_rows)  # dX = dU A^T
-        elif add:
-            d_rows.add_(rows @ weight)
-        else:
-            d_rows.copy_(rows @ weight)
-        if self.A is not None and f"{self.name}.A.weight" in wanted:
-            X = x()
-            gradients[f"{self.name}.A.weight"] = rows.t() @ X.reshape(-1, X.shape[-1]).to(self.dtype)  # dA = X^T dU
-        return gradients
+        if wants_A:
+            assert X is not None
+            gradients[f"{self.name}.A.weight"] = d_rows.t() @ X.reshape(-1, X.shape[-1]).to(self.dtype)  # dA = X^T dU
+        return gradients, T
+
+
+def _product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, add: bool) -> None:
+    """left right into, or added to, `out`, of whichever dtype."""
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, beta=float(add), out=out)
+    elif add:
+        out.add_(left @ right)
+    else:
+        out.copy_(left @ right)
 
 
 class HandWrittenLayer:
@@ -273,7 +288,10 @@ class HandWrittenLayer:
         scratch = self.call.scratch
         normed = self.normed("input_layernorm", step.h_below)
         x = normed.output
-        attention = step.attention if step.attention is not None else step.attend_again(self, x.dtype)
+        attention = step.attention
+        if attention is None:
+            in_one_pass = self.products["o"].asks_input_last(self.U.get("o"))
+            attention = step.attend_again(self, x.dtype, in_one_pass)
         d_attended = scratch.get("d_attended", attention.output.shape, attention.output)
         self._backward_product("o", d_mid, partial(attention.output_given, d_attended), d_attended, step)
         d_heads = attention.gradients(d_attended, keep_graph=step.keep_graph)
@@ -295,10 +313,10 @@ class HandWrittenLayer:
         """d Y_l of one position -> d X into, or added to, `dx`; from here on Y_l may have become Y_{l-1}."""
         product = self.products[position]
         G = step.total_gradient(position, d_Y)
-        U = self.U[position] if position in self.U else product.low_rank(x())
-        step.gradients.update(product.backward(G, x, U, dx, add, step.wanted))
+        gradients, T = product.backward(G, x, self.U.get(position), dx, add, step.wanted)
+        step.gradients.update(gradients)
         if product.b is not None:
-            previous = step.output_below(position, product, lambda: product.inner(None, U))
+            previous = step.output_below(position, product, T)
             if f"{product.name}.beta" in step.wanted:  # db = <G, Y_{l-1}>, and db/dbeta = 1
                 step.gradients[f"{product.name}.beta"] = torch.dot(G.view(-1), previous.reshape(-1)).view(1)
 
@@ -317,11 +335,11 @@ class HandWrittenLayer:
         x_mlp = self.normed("post_attention_layernorm", step.h_below + step.Y["o"]).output
         inputs = dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("gate", "up"), x_mlp)
         if not self.U:
-            inputs["o"] = step.attend_again(self, x.dtype).output
+            inputs["o"] = step.attend_again(self, x.dtype, in_one_pass=False).output
             inputs["down"] = self.gate(step.Y, x_mlp.dtype).output
         for position, product in self.products.items():
             U = self.U[position] if self.U else product.low_rank(inputs[position])
-            step.output_below(position, product, partial(product.inner, None, U))
+            step.output_below(position, product, product.inner(None, U))
 
 
 @dataclass
@@ -337,7 +355,7 @@ class BackwardStep:
     d_h: torch.Tensor
     low_rank: Outputs = field(default_factory=dict)
     attention: AttentionRun | None = None
-    attend_again: Callable = lambda layer, dtype: None
+    attend_again: Callable = lambda layer, dtype, in_one_pass: None
     G_above: Outputs = field(default_factory=dict)
     b_above: dict[str, float] = field(default_factory=dict)
     kept_below: State | None = None
@@ -359,11 +377,11 @@ class BackwardStep:
         self.G[position] = G
         return G
 
-    def output_below(self, position: str, product: Product, T: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def output_below(self, position: str, product: Product, T: torch.Tensor) -> torch.Tensor:
         """Y_{l-1}: as it was kept, else rebuilt in place of Y_l. Where both are at hand they are compared."""
         kept = self.kept_below.Y[position] if self.kept_below is not None else None
         if self.inverts:
-            rebuilt = product.retreat(self.Y[position], T())
+            rebuilt = product.retreat(self.Y[position], T)
             if kept is not None:  # in units of the lowest state that is used, Y_l: before this division by b
                 assert product.b is not None
                 self.drifts.append(relative_difference(rebuilt, kept) * min(1.0, abs(product.b)))

@@ -12,6 +12,7 @@ A flat file that imports only torch and transformers, so that a saved checkpoint
 batch, tokens, hidden size; F the output width of a position; h hidden states, Y outputs of the linears.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -30,18 +31,19 @@ Outputs = dict[str, torch.Tensor]
 
 
 class Scratch:
-    """Buffers by name that one layer after the other writes over."""
+    """Memory by name that one layer after the other writes over, as large as the largest tensor asked for."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple, torch.Tensor] = {}
 
     def get(self, name: str, shape: Iterable[int], like: torch.Tensor, dtype: torch.dtype | None = None):
         """A tensor of this shape on the device of `like`, in its dtype unless said; the content is anybody's."""
-        shape, dtype = tuple(shape), dtype or like.dtype
-        key = (name, shape, dtype, like.device)
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty(shape, dtype=dtype, device=like.device)
-        return self.buffers[key]
+        shape, key = tuple(shape), (name, dtype or like.dtype, like.device)
+        size = math.prod(shape)
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[key] = torch.empty(size, dtype=key[1], device=key[2])
+        return buffer[:size].view(shape)
 
     def clear(self) -> None:
         self.buffers.clear()
@@ -253,8 +255,9 @@ class OnePassAttention:
         with torch.enable_grad():
             self.leaves = [Y[position].detach().requires_grad_() for position in ("q", "k", "v")]
             self.heads = _heads(attention, self.leaves, call, dtype)
+        self.scratch = call.scratch
         batch, heads, length, width = self.heads[0].shape
-        self.output = self.heads[0].new_empty(batch, length, heads * width)  # filled by `gradients`
+        self.output = self._buffer("activated", batch, length, heads * width)  # filled by `gradients`
         self.found: tuple[torch.Tensor, ...] = ()
 
     @staticmethod
@@ -271,6 +274,10 @@ class OnePassAttention:
             and dtype in (torch.float32, torch.float64)
             and Y["q"].device.type == "cpu"
         )
+
+    def _buffer(self, name: str, *shape: int) -> torch.Tensor:
+        """One of the MLP's, whose gradients are done by now."""
+        return self.scratch.get(name, shape, self.heads[0])
 
     def output_given(self, d_output: torch.Tensor) -> torch.Tensor:
         self.gradients(d_output)
@@ -293,10 +300,11 @@ class OnePassAttention:
         shared, block = key.shape[1], min(self.BLOCK, length)
         output, d_output = (x.view(batch, length, heads, width).transpose(1, 2) for x in (self.output, d_output))
         d_query, d_key, d_value = (
-            query.new_empty(batch, length, x.shape[1], width).transpose(1, 2) for x in (query, key, value)
+            self._buffer(name, batch, length, x.shape[1], width).transpose(1, 2)
+            for name, x in (("gated", query), ("d_gated", key), ("h_mid", value))
         )
-        dK, dV = query.new_empty(2, shared, length, width)
-        buffers = query.new_empty(2, heads * block * length)
+        dK, dV = self._buffer("turned", 2, shared, length, width)
+        buffers = self._buffer("dx", 2, heads * block * length)
         later = query.new_full((block, block), -torch.inf).triu(1)
         for row in range(batch):
             dK.zero_()

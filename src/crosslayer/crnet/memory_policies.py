@@ -23,6 +23,7 @@ A flat file that imports only torch, transformers and its neighbours, so that a 
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -322,17 +323,13 @@ class Tape:
                 self.meter.record(relative_difference(rebuilt, h_below))
         step = BackwardStep(h_below, live.Y, d_h, kept.low_rank or {}, kept.attention, kept_below=below)
         step.inverts = inverts
-        step.attend_again = lambda layer, dtype: self._attend_again(layer, live.Y, dtype, kept)
+        step.attend_again = partial(self._attend_again, live.Y, kept)
         return step
 
-    def _attend_again(self, layer: HandWrittenLayer, Y: dict, dtype: torch.dtype, kept: Kept):
-        # In one pass the output comes last, when U = O A is there already. `replay` promises the bits of the forward.
+    def _attend_again(self, Y: dict, kept: Kept, layer: HandWrittenLayer, dtype: torch.dtype, in_one_pass: bool):
+        # In one pass the output comes with the gradients only. `replay` promises the bits of the forward.
         attention = layer.layer.self_attn
-        if (
-            self.policy.inverts
-            and "o" in (kept.low_rank or {})
-            and OnePassAttention.fits(attention, Y, self.call, dtype)
-        ):
+        if in_one_pass and self.policy.inverts and OnePassAttention.fits(attention, Y, self.call, dtype):
             return OnePassAttention(attention, Y, self.call, dtype)
         with restored_random_state(kept.random_state, next(iter(Y.values()))):
             return layer.attend(Y, dtype, waits=False)

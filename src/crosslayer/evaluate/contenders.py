@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,12 @@ class Contenders:
     def drop(self) -> None:
         """Lets go of all models."""
         self._models.clear()
+
+    def without_models(self) -> "Contenders":
+        """The same, none of them made."""
+        found = copy(self)
+        found._models = {}
+        return found
 
     @contextmanager
     def precision(self) -> Iterator[None]:

@@ -1,14 +1,16 @@
 """Tokens per second of training, prefill and decode, measured so that contenders can be compared.
 
-Contenders take turns within one process: a change of the machine's speed meets all of them. A figure is the median of
+Contenders take turns: a change of the machine's speed meets all of them. A figure is the median of
 the turns after a warm-up, with the 20th and 80th percentile beside it. On CUDA, events around each turn.
 """
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -28,22 +30,15 @@ def take_turns(
     turns: int,
     *,
     warm_up: int = 2,
-    ahead: int = 0,
     device: str = "cpu",
     before: Callable[[str], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every counted turn of each step; `before(name)` runs ahead of its turn, outside the clock.
-
-    With `ahead` each turn first runs its step so many times outside the clock: it then finds the heap as it left it
-    itself, as in training, and not as the contender before left it.
-    """
+    """Seconds of every counted turn of each step; `before(name)` runs ahead of its turn, outside the clock."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warm_up + turns):
         for name, step in steps.items():
             if before is not None:
                 before(name)
-            for _ in range(ahead):
-                step()
             taken = _seconds_of(step, device)
             if turn >= warm_up:
                 seconds[name].append(taken)
@@ -98,6 +93,51 @@ def training_step(
     return step
 
 
+class OwnProcess:
+    """A training step of one method in a process of its own, as a step that can be called here.
+
+    Contenders in one process share a heap: what the one before has freed decides how many pages a step must ask the
+    system for, so that who follows whom changes the ratios. In training a model has the process to itself.
+
+    Args:
+        contenders: what is to be trained; its models are made anew over there.
+        name: one of its methods.
+        ids: [batch, tokens] of every step.
+
+    Raises:
+        RuntimeError: when called, if the process failed; its own traceback is on stderr.
+    """
+
+    def __init__(self, contenders: Contenders, name: str, ids: torch.Tensor) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, contenders.without_models(), name, ids.cpu(), torch.get_num_threads())
+        self.process = context.Process(target=_serve_steps, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.name = name
+
+    def __call__(self) -> None:
+        try:
+            self.connection.send("step")
+            self.connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"The process that trains {self.name} has ended; its last words are above.") from None
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.join()
+
+
+def _serve_steps(connection: Connection, contenders: Contenders, name: str, ids: torch.Tensor, threads: int) -> None:
+    torch.set_num_threads(threads)
+    step = training_step(contenders.model(name), ids.to(contenders.device), precision=contenders.precision)
+    with suppress(EOFError):
+        while connection.recv():
+            step()
+            connection.send("done")
+
+
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, out_shape=None, **kwargs) -> int:
     return sdpa_flop_count(query, key, value)
 
@@ -137,24 +177,34 @@ def training_rows(
 
 
 def measure_training(
-    contenders: Contenders, ids: torch.Tensor, *, turns: int = 12, warm_up: int = 2, ahead: int = 0
+    contenders: Contenders, ids: torch.Tensor, *, turns: int = 12, warm_up: int = 2, own_processes: bool = False
 ) -> dict[str, Any]:
     """Training speed of every method: {method: row of `training_rows`, with "mfu" on devices whose peak is known}.
 
-    Methods of one model share its weights and its optimizer.
+    In one process, methods of one model share its weights and its optimizer. `own_processes`: see `OwnProcess`; for
+    the CPU, since those of one GPU would share its memory.
     """
-    steps, operations, parameters = {}, {}, {}
+    steps: dict[str, Step] = {}
+    operations, parameters = {}, {}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for name in contenders.methods:
         model = contenders.model(name)
-        kind = METHODS[name].model
-        if kind not in optimizers:
-            optimizers[kind] = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        steps[name] = training_step(model, ids, optimizers[kind], contenders.precision)
         operations[name] = matrix_operations(model, ids)
         parameters[name] = sum(parameter.numel() for parameter in model.parameters())
-    clock = partial(take_turns, turns=turns, warm_up=warm_up, ahead=ahead, device=contenders.device)
-    seconds = clock(steps, before=contenders.model)
+        if not own_processes:
+            kind = METHODS[name].model
+            if kind not in optimizers:
+                optimizers[kind] = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            steps[name] = training_step(model, ids, optimizers[kind], contenders.precision)
+    clock = partial(take_turns, turns=turns, warm_up=warm_up, device=contenders.device)
+    if own_processes:
+        contenders.drop()
+        with ExitStack() as stack:
+            for name in contenders.methods:
+                steps[name] = stack.enter_context(closing(OwnProcess(contenders, name, ids)))
+            seconds = clock(steps)
+    else:
+        seconds = clock(steps, before=contenders.model)
     reference = REFERENCE if REFERENCE in seconds else next(iter(seconds))
     rows = training_rows(seconds, operations, parameters, ids.numel(), reference)
     peak = peak_flops(torch.cuda.get_device_name(ids.device)) if ids.is_cuda else None
@@ -242,6 +292,7 @@ def _rounded(seconds: float) -> float:
 
 
 __all__ = [
+    "OwnProcess",
     "matrix_operations",
     "measure_generation",
     "measure_memory",
