@@ -24,7 +24,7 @@ from torch import nn
 
 from .configuration_crnet import POSITIONS
 from .cross_layer_linear import CrossLayerLinear, LowRankLinear
-from .hand_written_parts import AttentionRun, Call, Gate, Norm, Outputs
+from .hand_written_parts import AttentionRun, Call, Gate, Norm, OnePassAttention, Outputs
 
 NAME_OF = {p: f"{'self_attn' if p in ('q', 'k', 'v', 'o') else 'mlp'}.{p}_proj" for p in POSITIONS}
 """Where the linear of a position lies within a layer."""
@@ -209,25 +209,29 @@ class HandWrittenLayer:
 
     def forward(
         self, h: torch.Tensor, previous: Outputs | None, in_place: bool, waits: bool
-    ) -> tuple[State, AttentionRun]:
-        """(h_{l-1}, Y_{l-1}) -> (h_l, Y_l); the low-rank outputs stay in `self.U`.
+    ) -> tuple[State, AttentionRun | None]:
+        """(h_{l-1}, Y_{l-1}) -> (h_l, Y_l), and the attention if it waits; the low-rank outputs stay in `self.U`.
 
-        `in_place`: Y_l may be written over Y_{l-1}; `waits`: the attention is for the backward too.
+        `in_place`: Y_l may be written over Y_{l-1}; `waits`: the backward wants the attention, unless it would rather
+        run it again in one pass.
         """
+        # First of all, where the h of two layers below was.
+        h_mid = torch.empty_like(h, memory_format=torch.contiguous_format)
         Y: Outputs = {}
         x = self.normed("input_layernorm", h).output
         for position in ("q", "k", "v"):
             Y[position] = self._advance(position, x, h.dtype, previous, in_place)
+        waits = waits and not self.attends_in_one_pass(Y, x.dtype)
         attention = self.attend(Y, x.dtype, waits)
         Y["o"] = self._advance("o", attention.output, h.dtype, previous, in_place)
-        h_mid = h + Y["o"]
+        torch.add(h, Y["o"], out=h_mid)
 
         x = self.normed("post_attention_layernorm", h_mid).output
         for position in ("gate", "up"):
             Y[position] = self._advance(position, x, h.dtype, previous, in_place)
         gated = self.gate(Y, x.dtype).output
         Y["down"] = self._advance("down", gated, h.dtype, previous, in_place)
-        return State(h_mid.add_(Y["down"]), Y), attention
+        return State(h_mid.add_(Y["down"]), Y), attention if waits else None
 
     def _advance(self, position, x, dtype, previous, in_place):
         product = self.products[position]
@@ -243,6 +247,10 @@ class HandWrittenLayer:
     def attend(self, Y: Outputs, dtype: torch.dtype, waits: bool) -> AttentionRun:
         with self.call.autocast():
             return AttentionRun(self.layer.self_attn, Y, self.call, dtype, waits)
+
+    def attends_in_one_pass(self, Y: Outputs, dtype: torch.dtype) -> bool:
+        """Whether the backward may take output and gradients of the attention together."""
+        return OnePassAttention.fits(self.layer.self_attn, Y, self.call, dtype)
 
     def gate(self, Y: Outputs, dtype: torch.dtype) -> Gate:
         with self.call.autocast():
@@ -266,12 +274,15 @@ class HandWrittenLayer:
     def backward(self, step: "BackwardStep") -> torch.Tensor:
         """d h_l -> d h_{l-1}. Gradients of parameters are put into `step`, and Y_{l-1} where it is rebuilt."""
         self.U = step.low_rank
-        d_mid = self._backward_mlp(step)
-        return self._backward_attention(step, d_mid)
+        # First of all, where that of two layers above was; the MLP borrows it.
+        d_below = torch.empty_like(step.d_h, memory_format=torch.contiguous_format)
+        d_mid = self._backward_mlp(step, h_mid=d_below)
+        return self._backward_attention(step, d_mid, out=d_below)
 
-    def _backward_mlp(self, step: "BackwardStep") -> torch.Tensor:
+    def _backward_mlp(self, step: "BackwardStep", h_mid: torch.Tensor) -> torch.Tensor:
+        """d h_l -> d h_mid; `h_mid` gets the hidden states between attention and MLP."""
         scratch = self.call.scratch
-        h_mid = torch.add(step.h_below, step.Y["o"], out=scratch.get("h_mid", step.d_h.shape, step.d_h))
+        torch.add(step.h_below, step.Y["o"], out=h_mid)
         normed = self.normed("post_attention_layernorm", h_mid)
         x = normed.output
         gate = self.gate(step.Y, x.dtype)
@@ -282,16 +293,14 @@ class HandWrittenLayer:
         self._backward_product("gate", d_gate, lambda: x, dx, step)
         self._backward_product("up", d_up, lambda: x, dx, step, add=True)
         d_mid = scratch.get("d_mid", step.d_h.shape, step.d_h)
-        return self._backward_norm("post_attention_layernorm", normed, dx, step.d_h, step, out=d_mid)
+        return self._backward_norm("post_attention_layernorm", normed, dx, step.d_h, step, d_mid)
 
-    def _backward_attention(self, step: "BackwardStep", d_mid: torch.Tensor) -> torch.Tensor:
+    def _backward_attention(self, step: "BackwardStep", d_mid: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """d h_mid -> d h_{l-1}, into `out`."""
         scratch = self.call.scratch
         normed = self.normed("input_layernorm", step.h_below)
         x = normed.output
-        attention = step.attention
-        if attention is None:
-            in_one_pass = self.products["o"].asks_input_last(self.U.get("o"))
-            attention = step.attend_again(self, x.dtype, in_one_pass)
+        attention = self._attention(step, x.dtype)
         d_attended = scratch.get("d_attended", attention.output.shape, attention.output)
         self._backward_product("o", d_mid, partial(attention.output_given, d_attended), d_attended, step)
         d_heads = attention.gradients(d_attended, keep_graph=step.keep_graph)
@@ -299,7 +308,15 @@ class HandWrittenLayer:
         dx = scratch.get("dx", x.shape, x)
         for position, d_head in zip(("q", "k", "v"), d_heads, strict=True):
             self._backward_product(position, d_head, lambda: x, dx, step, add=position != "q")
-        return self._backward_norm("input_layernorm", normed, dx, d_mid, step)
+        return self._backward_norm("input_layernorm", normed, dx, d_mid, step, out)
+
+    def _attention(self, step: "BackwardStep", dtype: torch.dtype) -> AttentionRun | OnePassAttention:
+        """As it waited, else run again. `none` and `replay` choose alike: their gradients are equal to the last bit."""
+        if step.attention is not None:
+            return step.attention
+        if self.products["o"].asks_input_last(self.U.get("o")) and self.attends_in_one_pass(step.Y, dtype):
+            return OnePassAttention(self.layer.self_attn, step.Y, self.call, dtype)
+        return step.attend_again(self, dtype)
 
     def _backward_product(
         self,
@@ -320,7 +337,7 @@ class HandWrittenLayer:
             if f"{product.name}.beta" in step.wanted:  # db = <G, Y_{l-1}>, and db/dbeta = 1
                 step.gradients[f"{product.name}.beta"] = torch.dot(G.view(-1), previous.reshape(-1)).view(1)
 
-    def _backward_norm(self, name: str, normed: Norm, dx, d_h, step: "BackwardStep", out=None) -> torch.Tensor:
+    def _backward_norm(self, name: str, normed: Norm, dx, d_h, step: "BackwardStep", out) -> torch.Tensor:
         d_below, d_weight = normed.gradients(dx, d_h, out)
         if f"{name}.weight" in step.wanted:
             step.gradients[f"{name}.weight"] = d_weight
@@ -335,7 +352,7 @@ class HandWrittenLayer:
         x_mlp = self.normed("post_attention_layernorm", step.h_below + step.Y["o"]).output
         inputs = dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("gate", "up"), x_mlp)
         if not self.U:
-            inputs["o"] = step.attend_again(self, x.dtype, in_one_pass=False).output
+            inputs["o"] = step.attend_again(self, x.dtype).output
             inputs["down"] = self.gate(step.Y, x_mlp.dtype).output
         for position, product in self.products.items():
             U = self.U[position] if self.U else product.low_rank(inputs[position])
@@ -355,7 +372,7 @@ class BackwardStep:
     d_h: torch.Tensor
     low_rank: Outputs = field(default_factory=dict)
     attention: AttentionRun | None = None
-    attend_again: Callable = lambda layer, dtype, in_one_pass: None
+    attend_again: Callable = lambda layer, dtype: None
     G_above: Outputs = field(default_factory=dict)
     b_above: dict[str, float] = field(default_factory=dict)
     kept_below: State | None = None

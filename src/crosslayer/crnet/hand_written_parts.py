@@ -90,8 +90,8 @@ class Norm:
         x = torch.mul(h, self.scale, out=self.buffer).mul_(self.weight)
         self.output = x.to(norm.weight.dtype)
 
-    def gradients(self, dx: torch.Tensor, d_h: torch.Tensor, out: torch.Tensor | None = None):
-        """dx [B, T, D], written over -> (d_h + dx/dh dx, dw [D]). `out` takes the first, a new tensor if None."""
+    def gradients(self, dx: torch.Tensor, d_h: torch.Tensor, out: torch.Tensor):
+        """dx [B, T, D], written over -> (d_h + dx/dh dx, into `out`; dw [D])."""
         h, scale = self.h, self.scale
         width = h.shape[-1]
         dx = dx.to(h.dtype)
@@ -301,7 +301,7 @@ class OnePassAttention:
         output, d_output = (x.view(batch, length, heads, width).transpose(1, 2) for x in (self.output, d_output))
         d_query, d_key, d_value = (
             self._buffer(name, batch, length, x.shape[1], width).transpose(1, 2)
-            for name, x in (("gated", query), ("d_gated", key), ("h_mid", value))
+            for name, x in (("gated", query), ("d_gated", key), ("post_attention_layernorm", value))
         )
         dK, dV = self._buffer("turned", 2, shared, length, width)
         buffers = self._buffer("dx", 2, heads * block * length)

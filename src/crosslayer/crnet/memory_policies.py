@@ -43,7 +43,6 @@ from .hand_written_layer import (
     parameters_of,
     relative_difference,
 )
-from .hand_written_parts import OnePassAttention
 
 logger = logging.get_logger(__name__)
 
@@ -250,7 +249,7 @@ class Tape:
             self.call.scratch.clear()  # what comes next, the logits, is where memory peaks
         self.kept[index] = Kept(
             layer.U if self.policy.keeps_low_rank else None,
-            attention if self.policy.keeps_attention else None,
+            attention,
             random_state if not self.policy.keeps_attention else None,
         )
         return state
@@ -326,11 +325,7 @@ class Tape:
         step.attend_again = partial(self._attend_again, live.Y, kept)
         return step
 
-    def _attend_again(self, Y: dict, kept: Kept, layer: HandWrittenLayer, dtype: torch.dtype, in_one_pass: bool):
-        # In one pass the output comes with the gradients only. `replay` promises the bits of the forward.
-        attention = layer.layer.self_attn
-        if in_one_pass and self.policy.inverts and OnePassAttention.fits(attention, Y, self.call, dtype):
-            return OnePassAttention(attention, Y, self.call, dtype)
+    def _attend_again(self, Y: dict, kept: Kept, layer: HandWrittenLayer, dtype: torch.dtype):
         with restored_random_state(kept.random_state, next(iter(Y.values()))):
             return layer.attend(Y, dtype, waits=False)
 
