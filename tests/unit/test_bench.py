@@ -1,8 +1,10 @@
 """The measuring code of `crosslayer bench` and of benchmarks/, and the verb itself."""
 
 import json
+import multiprocessing
 import sys
 import types
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from crosslayer.evaluate import speed as speed_module
 from crosslayer.evaluate.contenders import METHODS, Contenders
 from crosslayer.evaluate.memory import memory_rows, saved_by_depth
 from crosslayer.evaluate.speed import (
+    OwnProcess,
     matrix_operations,
     measure_generation,
     measure_training,
@@ -100,21 +103,6 @@ def test_contenders_take_turns(monkeypatch):
     assert rows["b"]["step_s"]["p20"] < rows["b"]["step_s"]["median"] < rows["b"]["step_s"]["p80"]
 
 
-def test_steps_ahead_of_a_turn_are_not_counted(monkeypatch):
-    now, order = [0.0], []
-    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: now[0])
-
-    def step(name):
-        def run():
-            order.append(name)
-            now[0] += order.count(name)
-
-        return run
-
-    assert take_turns({"a": step("a"), "b": step("b")}, 2, warm_up=0, ahead=1) == {"a": [2, 4], "b": [2, 4]}
-    assert "".join(order) == "aabbaabb"
-
-
 def test_one_turn_has_no_spread():
     seconds = {"median": 2.0, "p20": 2.0, "p80": 2.0, "turns": [2.0]}
     assert summarize([2.0], 10) == {"tokens_per_s": 5.0, "step_s": seconds}
@@ -149,6 +137,25 @@ def test_measure_training(dtype):
     assert rows["llama"]["speed_over_llama"] == 1.0
     assert all(row["tokens_per_s"] > 0 for row in rows.values())
     assert rows["crnet_low_rank"]["matrix_operations"] == rows["crnet_replay"]["matrix_operations"]
+
+
+def test_measure_training_in_own_processes():
+    methods = ["llama", "crnet", "crnet_reversible"]
+    contenders = Contenders(SHAPE, methods, interval=2)
+    rows = measure_training(contenders, contenders.tokens(1, 9), turns=2, warm_up=0, own_processes=True)
+    assert list(rows) == methods
+    assert all(len(row["step_s"]["turns"]) == 2 for row in rows.values())
+    assert not multiprocessing.active_children()
+
+
+def test_failure_of_an_own_process(capfd):
+    contenders = Contenders(SHAPE, ["crnet"])
+    unknown = torch.full((1, 9), SHAPE["vocab_size"])
+    with closing(OwnProcess(contenders, "crnet", unknown)) as step:
+        step.wait_until_ready()
+        with pytest.raises(RuntimeError, match="trains crnet has ended"):
+            step()
+    assert "IndexError" in capfd.readouterr().err
 
 
 def test_generation_is_transformers_own(monkeypatch):

@@ -105,7 +105,7 @@ class OwnProcess:
         ids: [batch, tokens] of every step.
 
     Raises:
-        RuntimeError: when called, if the process failed; its own traceback is on stderr.
+        RuntimeError: when asked for anything, if the process failed; its own traceback is on stderr.
     """
 
     def __init__(self, contenders: Contenders, name: str, ids: torch.Tensor) -> None:
@@ -117,12 +117,18 @@ class OwnProcess:
         theirs.close()
         self.name = name
 
+    def wait_until_ready(self) -> None:
+        self._ask("whether it is ready")
+
     def __call__(self) -> None:
+        self._ask("step")
+
+    def _ask(self, what: str) -> None:
         try:
-            self.connection.send("step")
+            self.connection.send(what)
             self.connection.recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"The process that trains {self.name} has ended; its last words are above.") from None
+            raise RuntimeError(f"The process that trains {self.name} has ended; its traceback is above.") from None
 
     def close(self) -> None:
         self.connection.close()
@@ -132,9 +138,10 @@ class OwnProcess:
 def _serve_steps(connection: Connection, contenders: Contenders, name: str, ids: torch.Tensor, threads: int) -> None:
     torch.set_num_threads(threads)
     step = training_step(contenders.model(name), ids.to(contenders.device), precision=contenders.precision)
-    with suppress(EOFError):
-        while connection.recv():
-            step()
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            if connection.recv() == "step":
+                step()
             connection.send("done")
 
 
@@ -200,9 +207,11 @@ def measure_training(
     if own_processes:
         contenders.drop()
         with ExitStack() as stack:
-            for name in contenders.methods:
-                steps[name] = stack.enter_context(closing(OwnProcess(contenders, name, ids)))
-            seconds = clock(steps)
+            started = ((name, OwnProcess(contenders, name, ids)) for name in contenders.methods)
+            processes = {name: stack.enter_context(closing(process)) for name, process in started}
+            for process in processes.values():
+                process.wait_until_ready()
+            seconds = clock(dict(processes))
     else:
         seconds = clock(steps, before=contenders.model)
     reference = REFERENCE if REFERENCE in seconds else next(iter(seconds))
