@@ -188,7 +188,9 @@ def median_ratio(seconds: list[float], others: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(seconds, others, strict=True)), 3)
 
 
-def measure_speed(sizes: dict, dtypes: list[str], depths: list[int], batch: int, count: int) -> dict[str, Any]:
+def measure_speed(
+    sizes: dict, dtypes: list[str], depths: list[int], batch: int, count: int, restarts: int
+) -> dict[str, Any]:
     sequence = sizes["sequence"]
     found: dict[str, Any] = {}
     for dtype in dtypes:
@@ -210,13 +212,14 @@ def measure_speed(sizes: dict, dtypes: list[str], depths: list[int], batch: int,
         "batch": batch,
         "sequence": sequence,
         "turns": count,
+        "restarts": restarts,
         "dtypes": found,
     }
 
 
-def measure_with_kept_heap(sizes: dict, batch: int, count: int) -> dict[str, Any]:
+def measure_with_kept_heap(sizes: dict, batch: int, count: int, restarts: int) -> dict[str, Any]:
     with mock.patch.dict(os.environ, KEPT_HEAP):  # the contenders' processes read it when they start
-        found = measure_speed(sizes, ["float32"], sizes["speed"], batch, count)
+        found = measure_speed(sizes, ["float32"], sizes["speed"], batch, count, restarts)
     return {"environment": KEPT_HEAP, **found}
 
 
@@ -365,7 +368,8 @@ def main() -> None:
     sections = ("saved", "resident", "peak", "speed", "kept_heap", "bf16", "interval")
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--redo", action="store_true", help="measure sections again that are in the file")
-    parser.add_argument("--turns", type=int, default=8, help="counted turns of each contender")
+    parser.add_argument("--turns", type=int, default=3, help="counted turns of each contender, after one uncounted")
+    parser.add_argument("--restarts", type=int, default=3, help="how often all contenders' processes start, turns each")
     parser.add_argument("--layers", nargs="+", type=int, help="depths of peak and speed, the first one of bf16: 8 24")
     parser.add_argument("--rows", type=int, default=8, help="sequences in a step: peak, speed and bf16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -381,15 +385,15 @@ def main() -> None:
     sizes = SMOKE if options.smoke else FULL
     if options.layers:
         sizes["speed"] = options.layers
-    rows, turns = options.rows, options.turns
+    rows, turns, restarts = options.rows, options.turns, options.restarts
     results = ResultFile(options.out, "activation memory of CR-Net's policies, on a CPU", redo=options.redo)
     measures = {
         "saved": lambda: measure_saved(sizes),
         "resident": lambda: measure_resident(sizes),
         "peak": lambda: measure_peak(sizes, rows),
-        "speed": lambda: measure_speed(sizes, ["float32"], sizes["speed"], rows, turns),
-        "kept_heap": lambda: measure_with_kept_heap(sizes, rows, turns),
-        "bf16": lambda: measure_speed(sizes, ["mixed", "bfloat16"], sizes["speed"][:1], rows, turns),
+        "speed": lambda: measure_speed(sizes, ["float32"], sizes["speed"], rows, turns, restarts),
+        "kept_heap": lambda: measure_with_kept_heap(sizes, rows, turns, restarts),
+        "bf16": lambda: measure_speed(sizes, ["mixed", "bfloat16"], sizes["speed"][:1], rows, turns, restarts),
         "interval": lambda: measure_interval(sizes),
     }
     for name in options.sections:

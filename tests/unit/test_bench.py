@@ -142,7 +142,7 @@ def test_measure_training(dtype):
 def test_measure_training_in_own_processes():
     methods = ["llama", "crnet", "crnet_reversible"]
     contenders = Contenders(SHAPE, methods, interval=2)
-    rows = measure_training(contenders, contenders.tokens(1, 9), turns=2, warm_up=0, own_processes=True)
+    rows = measure_training(contenders, contenders.tokens(1, 9), turns=1, warm_up=0, own_processes=2)
     assert list(rows) == methods
     assert all(len(row["step_s"]["turns"]) == 2 for row in rows.values())
     assert not multiprocessing.active_children()

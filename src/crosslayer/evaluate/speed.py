@@ -184,14 +184,16 @@ def training_rows(
 
 
 def measure_training(
-    contenders: Contenders, ids: torch.Tensor, *, turns: int = 12, warm_up: int = 2, own_processes: bool = False
+    contenders: Contenders, ids: torch.Tensor, *, turns: int = 12, warm_up: int = 2, own_processes: int = 0
 ) -> dict[str, Any]:
     """Training speed of every method: {method: row of `training_rows`, with "mfu" on devices whose peak is known}.
 
-    In one process, methods of one model share its weights and its optimizer. `own_processes`: see `OwnProcess`; for
-    the CPU, since those of one GPU would share its memory.
+    In one process, methods of one model share its weights and its optimizer. With `own_processes` each method has an
+    `OwnProcess`, and all of them start anew so many times, each time for `turns` of its own: where the memory of a
+    process lies is luck that would last as long as the process. For the CPU: those of one GPU would share its memory.
     """
     steps: dict[str, Step] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders.methods}
     operations, parameters = {}, {}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for name in contenders.methods:
@@ -206,14 +208,16 @@ def measure_training(
     clock = partial(take_turns, turns=turns, warm_up=warm_up, device=contenders.device)
     if own_processes:
         contenders.drop()
+    else:
+        seconds = clock(steps, before=contenders.model)
+    for _ in range(own_processes):
         with ExitStack() as stack:
             started = ((name, OwnProcess(contenders, name, ids)) for name in contenders.methods)
             processes = {name: stack.enter_context(closing(process)) for name, process in started}
             for process in processes.values():
                 process.wait_until_ready()
-            seconds = clock(dict(processes))
-    else:
-        seconds = clock(steps, before=contenders.model)
+            for name, taken in clock(dict(processes)).items():
+                seconds[name] += taken
     reference = REFERENCE if REFERENCE in seconds else next(iter(seconds))
     rows = training_rows(seconds, operations, parameters, ids.numel(), reference)
     peak = peak_flops(torch.cuda.get_device_name(ids.device)) if ids.is_cuda else None
