@@ -197,7 +197,7 @@ def measure_speed(
         for layers in depths:
             contenders = Contenders(shape_of(sizes["hidden"], layers), METHODS_HERE, dtype=dtype)
             rows = measure_training(
-                contenders, contenders.tokens(batch, sequence), turns=count, warm_up=2, own_processes=True
+                contenders, contenders.tokens(batch, sequence), turns=count, warm_up=1, own_processes=restarts
             )
             turns = {name: row["step_s"]["turns"] for name, row in rows.items()}
             for name, row in rows.items():

@@ -81,21 +81,8 @@ def test_memory(script, tmp_path, monkeypatch, capsys):
     memory = script("memory")
     out, figure = tmp_path / "m.json", tmp_path / "m.png"
     sections = ("saved", "peak", "speed", "interval")
-    arguments = (
-        "--smoke",
-        "--turns",
-        1,
-        "--restarts",
-        1,
-        "--threads",
-        1,
-        "--out",
-        out,
-        "--figure",
-        figure,
-        "--sections",
-        *sections,
-    )
+    once = ("--turns", 1, "--restarts", 1, "--threads", 1)
+    arguments = ("--smoke", *once, "--out", out, "--figure", figure, "--sections", *sections)
     call(memory, monkeypatch, *arguments)
     content = json.loads(out.read_text())
     assert list(content["sections"]) == list(sections)
