@@ -194,6 +194,19 @@ def test_one_pass(policy, case, length, passes):
     assert len(passes) == (1 if (case, policy) == ("silu_increment", "reversible") else 3)
 
 
+@pytest.mark.parametrize("length", [30, 40])
+def test_one_pass_only_where_it_pays(length, passes, monkeypatch):
+    """`none` and `replay` leave long sequences to torch's kernel, both of them."""
+    monkeypatch.setattr(OnePassAttention, "AS_FAST_AS_GRADIENTS", 30)
+    model = deep_model(3, 0.9, torch.float32)
+    expected = gradients_of(model, "none", length=length)
+    actual = gradients_of(model, "replay", length=length)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert len(passes) == (6 if length == 30 else 0)
+    gradients_of(model, "low_rank", length=length)
+    assert len(passes) == (9 if length == 30 else 3)
+
+
 def test_one_pass_can_fail(monkeypatch):
     model = deep_model(4, 0.9)
     expected = gradients_of(model, length=70)

@@ -221,7 +221,7 @@ class HandWrittenLayer:
         x = self.normed("input_layernorm", h).output
         for position in ("q", "k", "v"):
             Y[position] = self._advance(position, x, h.dtype, previous, in_place)
-        waits = waits and not self.attends_in_one_pass(Y, x.dtype)
+        waits = waits and not self.attends_in_one_pass(Y, x.dtype, rebuilds=False)
         attention = self.attend(Y, x.dtype, waits)
         Y["o"] = self._advance("o", attention.output, h.dtype, previous, in_place)
         torch.add(h, Y["o"], out=h_mid)
@@ -248,9 +248,14 @@ class HandWrittenLayer:
         with self.call.autocast():
             return AttentionRun(self.layer.self_attn, Y, self.call, dtype, waits)
 
-    def attends_in_one_pass(self, Y: Outputs, dtype: torch.dtype) -> bool:
-        """Whether the backward may take output and gradients of the attention together."""
-        return OnePassAttention.fits(self.layer.self_attn, Y, self.call, dtype)
+    def attends_in_one_pass(self, Y: Outputs, dtype: torch.dtype, rebuilds: bool) -> bool:
+        """Whether the backward takes output and gradients of the attention together.
+
+        Always, where a policy `rebuilds` the output anyway. `none` needs gradients only: in one pass where that is no
+        slower. So does `replay`, whose gradients are equal to those of `none` to the last bit.
+        """
+        pays = rebuilds or Y["q"].shape[1] <= OnePassAttention.AS_FAST_AS_GRADIENTS
+        return pays and OnePassAttention.fits(self.layer.self_attn, Y, self.call, dtype)
 
     def gate(self, Y: Outputs, dtype: torch.dtype) -> Gate:
         with self.call.autocast():
@@ -311,10 +316,11 @@ class HandWrittenLayer:
         return self._backward_norm("input_layernorm", normed, dx, d_mid, step, out)
 
     def _attention(self, step: "BackwardStep", dtype: torch.dtype) -> AttentionRun | OnePassAttention:
-        """As it waited, else run again. `none` and `replay` choose alike: their gradients are equal to the last bit."""
+        """As it waited, else run again."""
         if step.attention is not None:
             return step.attention
-        if self.products["o"].asks_input_last(self.U.get("o")) and self.attends_in_one_pass(step.Y, dtype):
+        in_one_pass = self.attends_in_one_pass(step.Y, dtype, rebuilds=step.inverts)
+        if in_one_pass and self.products["o"].asks_input_last(self.U.get("o")):
             return OnePassAttention(self.layer.self_attn, step.Y, self.call, dtype)
         return step.attend_again(self, dtype)
 
