@@ -250,8 +250,8 @@ class OnePassAttention:
     BLOCK = 64
     """Queries; 32 and 96 take 3 to 6 % longer."""
     AS_FAST_AS_GRADIENTS = 512
-    """Tokens of a sequence. Of what torch's kernel takes for the gradients alone the pass takes 1.16 at 64 tokens, 0.97 at
-    256, 0.86 at 512, 1.12 at 1024, 1.24 at 2048."""
+    """Tokens of a sequence. Of what torch's kernel takes for the gradients alone the pass takes 1.16 at 64 tokens, 0.97
+    at 256, 0.86 at 512, 1.12 at 1024, 1.24 at 2048."""
 
     def __init__(self, attention: Any, Y: Outputs, call: Call, dtype: torch.dtype) -> None:
         self.scaling = attention.scaling
