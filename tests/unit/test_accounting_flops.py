@@ -13,6 +13,8 @@ from crosslayer.crnet import CRNetForCausalLM
 from model_cases import config_of
 from peer_models import Residual, llama, sltrain_model
 
+pytestmark = pytest.mark.usefixtures("fused_kernels")
+
 WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 5, "rank": 16}
 ROWS, TOKENS = 2, 32
 

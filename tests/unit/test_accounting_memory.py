@@ -25,10 +25,11 @@ from crosslayer.accounting import (
 from crosslayer.accounting.memory import PARTS, PRECISIONS, optimizer_bytes, state_bytes, walk
 from crosslayer.analysis import measure_saved_activations
 from crosslayer.crnet import CRNetForCausalLM
-from crosslayer.crnet.hand_written_parts import OnePassAttention
 from model_cases import config_of
 from peak_memory import allocated_peak, make_step, tracked_peak
 from peer_models import Residual, llama, sltrain_model
+
+pytestmark = pytest.mark.usefixtures("fused_kernels")
 
 WIDE = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4, "num_hidden_layers": 6, "rank": 16}
 OTHERS = {
@@ -141,12 +142,6 @@ def peak_without_weights(shape, step, method):
         sum(size for part, size in parts.items() if part not in ("weights", "optimizer"))
         for _, parts in walk(shape, step, method)
     )
-
-
-@pytest.fixture(autouse=True)
-def fused_kernels(monkeypatch):
-    """Attention as on an accelerator; float32 on a CPU has a pass of its own where policies rebuild it."""
-    monkeypatch.setattr(OnePassAttention, "fits", lambda *_: False)
 
 
 def assert_peak(model, step, method, rel=0.05):

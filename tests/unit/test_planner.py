@@ -31,6 +31,8 @@ from crosslayer.train.run import build_arguments, build_model_config
 from model_cases import config_of
 from peak_memory import allocated_peak, make_step
 
+pytestmark = pytest.mark.usefixtures("fused_kernels")
+
 ISSUE = {"gpu_memory": 80e9, "gpus": 8, "sequence": 4096, "tokens_per_step": 1e6, "device": "h100"}
 TINY = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4, "num_hidden_layers": 8, "rank": 16}
 CPU = Device("a small CPU", 1e9, 1e9, 1e9)

@@ -33,12 +33,6 @@ def plainly(monkeypatch):
     monkeypatch.setattr(CRNetModel, "_uses_tape", lambda *_: False)
 
 
-@pytest.fixture
-def fused_kernels(monkeypatch):
-    """Attention as on an accelerator, which keeps its output; on a CPU it comes again with the gradients."""
-    monkeypatch.setattr(hand_written_parts.OnePassAttention, "fits", lambda *_: False)
-
-
 def test_none_with_the_attention_of_an_accelerator(fused_kernels):
     assert growth(policy="none") == pytest.approx(14.14, abs=0.01)
 
