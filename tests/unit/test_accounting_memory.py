@@ -170,7 +170,7 @@ def test_one_pass_stays_below_the_estimate(policy, monkeypatch):
     monkeypatch.undo()
     model, method = built(recompute=policy)
     estimate = peak_without_weights(Shape.of(model.config), step_of(), method)
-    assert 0.9 * estimate < allocated_peak(make_step(model, ids_of(model))) < estimate
+    assert 0.8 * estimate < allocated_peak(make_step(model, ids_of(model))) < estimate
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -139,12 +139,15 @@ def test_measure_training(dtype):
     assert rows["crnet_low_rank"]["matrix_operations"] == rows["crnet_replay"]["matrix_operations"]
 
 
-def test_measure_training_in_own_processes():
+def test_measure_training_in_own_processes(monkeypatch):
+    steps, step = [], OwnProcess.__call__
+    monkeypatch.setattr(OwnProcess, "__call__", lambda process: steps.append(process.name) or step(process))
     methods = ["llama", "crnet", "crnet_reversible"]
     contenders = Contenders(SHAPE, methods, interval=2)
     rows = measure_training(contenders, contenders.tokens(1, 9), turns=1, warm_up=0, own_processes=2)
     assert list(rows) == methods
     assert all(len(row["step_s"]["turns"]) == 2 for row in rows.values())
+    assert steps == [name for name in methods for _ in range(2)] * 2  # one ahead of the counted one
     assert not multiprocessing.active_children()
 
 

@@ -64,7 +64,7 @@ def test_what_the_forward_drops_is_temporary():
     model.model.norm.register_forward_hook(lambda module, inputs, output: output + torch.zeros(10**6).sum())
     after = measure_peak_memory(model, ids).phases["forward"]
     assert after["temporary"] >= 4 * 10**6 > before["temporary"]
-    assert after["activations"] - before["activations"] < 10**4
+    assert after["activations"] - before["activations"] < 10**5  # what is kept until there, now where the peak is
 
 
 def test_what_the_forward_leaves_is_an_activation():

@@ -14,7 +14,7 @@ A flat file that imports only torch and its neighbours, so that a saved checkpoi
 batch, tokens, hidden size; F the output width of a position, r the rank; h hidden states, Y outputs of the linears.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -221,7 +221,6 @@ class HandWrittenLayer:
         x = self.normed("input_layernorm", h).output
         for position in ("q", "k", "v"):
             Y[position] = self._advance(position, x, h.dtype, previous, in_place)
-        waits = waits and not self.attends_in_one_pass(Y, x.dtype, rebuilds=False)
         attention = self.attend(Y, x.dtype, waits)
         Y["o"] = self._advance("o", attention.output, h.dtype, previous, in_place)
         torch.add(h, Y["o"], out=h_mid)
@@ -231,7 +230,7 @@ class HandWrittenLayer:
             Y[position] = self._advance(position, x, h.dtype, previous, in_place)
         gated = self.gate(Y, x.dtype).output
         Y["down"] = self._advance("down", gated, h.dtype, previous, in_place)
-        return State(h_mid.add_(Y["down"]), Y), attention if waits else None
+        return State(h_mid.add_(Y["down"]), Y), attention if waits and isinstance(attention, AttentionRun) else None
 
     def _advance(self, position, x, dtype, previous, in_place):
         product = self.products[position]
@@ -244,17 +243,20 @@ class HandWrittenLayer:
     def normed(self, name: str, h: torch.Tensor) -> Norm:
         return Norm(name, getattr(self.layer, name), h, self.call.scratch)
 
-    def attend(self, Y: Outputs, dtype: torch.dtype, waits: bool) -> AttentionRun:
+    def attend(self, Y: Outputs, dtype: torch.dtype, waits: bool) -> "AttentionRun | OnePassAttention":
+        if self.attends_in_one_pass(Y, dtype):
+            return OnePassAttention(self.layer.self_attn, Y, self.call, dtype)
         with self.call.autocast():
             return AttentionRun(self.layer.self_attn, Y, self.call, dtype, waits)
 
-    def attends_in_one_pass(self, Y: Outputs, dtype: torch.dtype, rebuilds: bool) -> bool:
-        """Whether the backward takes output and gradients of the attention together.
+    def attends_in_one_pass(self, Y: Outputs, dtype: torch.dtype, rebuilds: bool = False) -> bool:
+        """Whether the attention is done by hand.
 
-        Always, where a policy `rebuilds` the output anyway. `none` needs gradients only: in one pass where that is no
-        slower. So does `replay`, whose gradients are equal to those of `none` to the last bit.
+        Forwards where sequences are short, under every policy, and then backwards too. A policy that `rebuilds` the
+        output saves its second forward that way, however long they are. `none` does not, nor may `replay`, whose
+        gradients are equal to those of `none` to the last bit.
         """
-        pays = rebuilds or Y["q"].shape[1] <= OnePassAttention.AS_FAST_AS_GRADIENTS
+        pays = rebuilds or Y["q"].shape[1] <= OnePassAttention.SHORT
         return pays and OnePassAttention.fits(self.layer.self_attn, Y, self.call, dtype)
 
     def gate(self, Y: Outputs, dtype: torch.dtype) -> Gate:
@@ -306,10 +308,12 @@ class HandWrittenLayer:
         normed = self.normed("input_layernorm", step.h_below)
         x = normed.output
         attention = self._attention(step, x.dtype)
-        d_attended = scratch.get("d_attended", attention.output.shape, attention.output)
-        self._backward_product("o", d_mid, partial(attention.output_given, d_attended), d_attended, step)
+        d_attended = scratch.get("d_attended", step.Y["q"].shape, x)
+        is_written = self.products["o"].asks_input_last(self.U.get("o"))
+        attended = partial(attention.output_given, d_attended if is_written else None)
+        self._backward_product("o", d_mid, attended, d_attended, step)
         d_heads = attention.gradients(d_attended, keep_graph=step.keep_graph)
-        del attention
+        del attention, attended
         dx = scratch.get("dx", x.shape, x)
         for position, d_head in zip(("q", "k", "v"), d_heads, strict=True):
             self._backward_product(position, d_head, lambda: x, dx, step, add=position != "q")
@@ -319,8 +323,7 @@ class HandWrittenLayer:
         """As it waited, else run again."""
         if step.attention is not None:
             return step.attention
-        in_one_pass = self.attends_in_one_pass(step.Y, dtype, rebuilds=step.inverts)
-        if in_one_pass and self.products["o"].asks_input_last(self.U.get("o")):
+        if self.attends_in_one_pass(step.Y, dtype, rebuilds=step.inverts):
             return OnePassAttention(self.layer.self_attn, step.Y, self.call, dtype)
         return step.attend_again(self, dtype)
 
@@ -353,16 +356,27 @@ class HandWrittenLayer:
 
     def rebuild_below(self, step: "BackwardStep") -> None:
         """Y_{l-1} of every position, for a layer that the gradients do not pass."""
-        self.U = step.low_rank
-        x = self.normed("input_layernorm", step.h_below).output
-        x_mlp = self.normed("post_attention_layernorm", step.h_below + step.Y["o"]).output
-        inputs = dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("gate", "up"), x_mlp)
-        if not self.U:
-            inputs["o"] = step.attend_again(self, x.dtype).output
-            inputs["down"] = self.gate(step.Y, x_mlp.dtype).output
+        self.U = step.low_rank or self._low_rank_outputs(step)
         for position, product in self.products.items():
-            U = self.U[position] if self.U else product.low_rank(inputs[position])
-            step.output_below(position, product, product.inner(None, U))
+            step.output_below(position, product, product.inner(None, self.U[position]))
+
+    def _low_rank_outputs(self, step: "BackwardStep") -> Outputs:
+        """U = X A of every position; each X is used before the next one takes its memory."""
+        found: Outputs = {}
+
+        def project(positions: Iterable[str], x: torch.Tensor) -> None:
+            for position in positions:
+                U = self.products[position].low_rank(x)
+                assert U is not None
+                found[position] = U
+
+        x = self.normed("input_layernorm", step.h_below).output
+        project(("q", "k", "v"), x)
+        project(("o",), step.attend_again(self, x.dtype).output)
+        x = self.normed("post_attention_layernorm", step.h_below + step.Y["o"]).output
+        project(("gate", "up"), x)
+        project(("down",), self.gate(step.Y, x.dtype).output)
+        return found
 
 
 @dataclass

@@ -3,7 +3,7 @@
     norm        x = w h / rms(h)          dh = (w dx - h <w dx, h> / (D rms^2)) / rms    dw = sum_tokens dx h / rms
     gate        g = silu(gate) up         d_up = dg silu(gate)       d_gate = dg up silu'(gate)
     attention   a graph of its own under autograd, so that any attention implementation gives its own gradients;
-                output and gradients in one pass where a CPU rebuilds plain causal attention
+                plain causal attention on a CPU by hand, its output and its gradients in one pass
 
 Fresh memory is what elementwise work costs on a CPU: a new [1024, 1376] float32 tensor takes a page fault every 4 KiB,
 longer than the multiplication that fills it. Whatever does not outlive a layer is therefore written into `Scratch`.
@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ class AttentionRun(LocalGraph):
         self.rebuilt.clear()
         return gradients
 
-    def output_given(self, d_output: torch.Tensor) -> torch.Tensor:
+    def output_given(self, d_output: torch.Tensor | None) -> torch.Tensor:
         return self.output
 
     def tensors(self) -> list[torch.Tensor]:
@@ -238,34 +239,35 @@ class AttentionRun(LocalGraph):
 
 
 class OnePassAttention:
-    """Causal attention, run again for a backward that knows dO already: O and all gradients in one pass.
+    """Causal attention by hand, one sequence and one block of queries after the other; the rotation is part of it.
 
-        P = softmax(c Q K^T)    O = P V    dV = P^T dO    dS = P (dO V^T - rowsum(dO O))    dQ = c dS K    dK = c dS^T Q
+        forward     P = softmax(Q K^T)    O = P V                        Q = c R y_q    K = R y_k    V = y_v
+        backward    dV = P^T dO    dS = P (dO V^T - rowsum(dO O))    dy_q = c R^T dS K    dy_k = R^T dS^T Q
 
-    Block after block of queries, so that P never exists as a whole (as in FlashAttention-2, arXiv 2307.08691, but for
-    both directions at once: our choice). torch's CPU kernels compute P for the output and once more for the gradients:
-    this takes 0.61 of their time at 256 tokens and 0.8 at 2048 (float32, one thread, 8 heads of 64).
+    P never exists as a whole (as in FlashAttention-2, arXiv 2307.08691), and the backward, which knows dO already, gets
+    O and all gradients from one P (our choice: torch's CPU kernels compute it for the output and once more for the
+    gradients). What a block touches fits a core's cache, rotated queries and keys too. Of the time of torch's kernel
+    with the rotations ahead of it the forward takes 0.70 at 256 tokens, 0.67 at 512, 0.9 at 1024, 1.1 at 2048
+    (float32, one thread, 8 heads of 64).
     """
 
     BLOCK = 64
     """Queries; 32 and 96 take 3 to 6 % longer."""
-    AS_FAST_AS_GRADIENTS = 512
-    """Tokens of a sequence. Of what torch's kernel takes for the gradients alone the pass takes 1.16 at 64 tokens, 0.97
-    at 256, 0.86 at 512, 1.12 at 1024, 1.24 at 2048."""
+    SHORT = 512
+    """Tokens of a sequence up to which torch's kernels are faster for nothing, not for gradients alone either."""
 
     def __init__(self, attention: Any, Y: Outputs, call: Call, dtype: torch.dtype) -> None:
+        cos, sin = call.arguments["position_embeddings"]
+        # [B, heads, T, head_dim], not rotated yet
+        self.heads = attention.heads(Y["q"], Y["k"], Y["v"], dtype, (), lambda query, key: (query, key))
+        self.tables = [table.to(dtype).expand(len(Y["q"]), -1, -1) for table in (cos, sin)]
         self.scaling = attention.scaling
-        with torch.enable_grad():
-            self.leaves = [Y[position].detach().requires_grad_() for position in ("q", "k", "v")]
-            self.heads = _heads(attention, self.leaves, call, dtype)
         self.scratch = call.scratch
-        batch, heads, length, width = self.heads[0].shape
-        self.output = self._buffer("activated", batch, length, heads * width)  # filled by `gradients`
         self.found: tuple[torch.Tensor, ...] = ()
 
     @staticmethod
     def fits(attention: Any, Y: Outputs, call: Call, dtype: torch.dtype) -> bool:
-        """Whether the forward was torch's own causal attention on a CPU, without mask and dropout."""
+        """Whether torch's own causal attention is asked for, on a CPU, without mask and dropout."""
         arguments = call.arguments
         return (
             attention.config._attn_implementation == "sdpa"
@@ -278,60 +280,93 @@ class OnePassAttention:
             and Y["q"].device.type == "cpu"
         )
 
-    def _buffer(self, name: str, *shape: int) -> torch.Tensor:
-        """One of the MLP's, whose gradients are done by now."""
-        return self.scratch.get(name, shape, self.heads[0])
+    @cached_property
+    def output(self) -> torch.Tensor:
+        """O [B, T, heads * head_dim], good until the MLP runs."""
+        return self._pass(None)[0]
 
-    def output_given(self, d_output: torch.Tensor) -> torch.Tensor:
-        self.gradients(d_output)
+    def output_given(self, d_output: torch.Tensor | None) -> torch.Tensor:
+        """O, and where dO is known already, the gradients with it."""
+        if d_output is not None:
+            self.gradients(d_output)
         return self.output
 
     def gradients(self, d_output: torch.Tensor, keep_graph: bool = False) -> tuple[torch.Tensor, ...]:
-        """dO [B, T, heads * head_dim] -> gradients of Y_q, Y_k and Y_v; fills `output`."""
+        """dO [B, T, heads * head_dim] -> gradients of Y_q, Y_k and Y_v."""
         if not self.found:
-            self.found = torch.autograd.grad(self.heads, self.leaves, self._pass(d_output))
+            self.output, *found = self._pass(d_output)
+            self.found = tuple(found)
         return self.found
 
+    def _buffer(self, name: str, *shape: int) -> torch.Tensor:
+        """One of the MLP's, which in the forward is yet to come and in the backward over."""
+        return self.scratch.get(name, shape, self.heads[0])
+
     @torch.no_grad()
-    def _pass(self, d_output: torch.Tensor) -> list[torch.Tensor]:
-        """dO -> dQ [B, heads, T, head_dim], dK and dV [B, key-value heads, T, head_dim].
+    def _pass(self, d_output: torch.Tensor | None) -> list[torch.Tensor]:
+        """[O], or where dO is given [O, dy_q, dy_k, dy_v], each [B, T, heads * head_dim].
 
         A block's queries of all heads that share one key are the rows of one product: [key-value heads, rows, ...].
         """
         query, key, value = self.heads
         batch, heads, length, width = query.shape
         shared, block = key.shape[1], min(self.BLOCK, length)
-        output, d_output = (x.view(batch, length, heads, width).transpose(1, 2) for x in (self.output, d_output))
-        d_query, d_key, d_value = (
-            self._buffer(name, batch, length, x.shape[1], width).transpose(1, 2)
-            for name, x in (("gated", query), ("d_gated", key), ("post_attention_layernorm", value))
-        )
-        dK, dV = self._buffer("turned", 2, shared, length, width)
-        buffers = self._buffer("dx", 2, heads * block * length)
+        results = [self._buffer("activated", batch, length, heads * width)]
+        if d_output is not None:
+            sizes = {"gated": heads, "d_gated": shared, "post_attention_layernorm": shared}
+            results += [self._buffer(name, batch, length, count * width) for name, count in sizes.items()]
+        by_head = [x.view(batch, length, -1, width).transpose(1, 2) for x in results]
+        scores = self._buffer("dx", 2, heads * block * length)
+        K, dK, dV = self._buffer("turned", 3, shared, length, width)
+        turned = self._buffer("turned block", heads * block * width)
         later = query.new_full((block, block), -torch.inf).triu(1)
         for row in range(batch):
-            dK.zero_()
-            dV.zero_()
+            output, *d_heads = (x[row] for x in by_head)
+            cos, sin = (table[row] for table in self.tables)
+            scaled_cos, scaled_sin = cos * self.scaling, sin * self.scaling
+            _turn(key[row], cos, sin, K, sign=1)
+            if d_output is not None:
+                d_attended = d_output[row].view(length, heads, width).transpose(0, 1)
+                dK.zero_()
+                dV.zero_()
             for start in range(0, length, block):
                 end = min(start + block, length)
                 now, count = slice(start, end), end - start
-                Q, dO = (x[row, :, now].reshape(shared, -1, width) for x in (query, d_output))
-                K, V = key[row, :, :end], value[row, :, :end]
-                P, dS = (x[: heads * count * end].view(*Q.shape[:2], end) for x in buffers)
+                Q = turned[: heads * count * width].view(heads, count, width)
+                Q = _turn(query[row, :, now], scaled_cos[now], scaled_sin[now], Q, sign=1).view(shared, -1, width)
+                K_until, V_until = K[:, :end], value[row, :, :end]
+                P, dS = (x[: heads * count * end].view(shared, -1, end) for x in scores)
 
-                torch.bmm(Q, K.mT, out=P).mul_(self.scaling)
-                P.view(shared, -1, count, end)[..., start:] += later[:count, :count]
+                torch.bmm(Q, K_until.mT, out=P)
+                P.view(heads, count, end)[..., start:] += later[:count, :count]
                 torch.softmax(P, -1, out=P)
-                attended = torch.bmm(P, V)
-                output[row, :, now] = attended.view(heads, count, width)
+                attended = torch.bmm(P, V_until)
+                output[:, now] = attended.view(heads, count, width)
+                if d_output is None:
+                    continue
 
+                dO = d_attended[:, now].reshape(shared, -1, width)
                 torch.baddbmm(dV[:, :end], P.mT, dO, out=dV[:, :end])
-                torch.bmm(dO, V.mT, out=dS).sub_(attended.mul_(dO).sum(-1, keepdim=True)).mul_(P)
-                d_query[row, :, now] = torch.bmm(dS, K).mul_(self.scaling).view(heads, count, width)
+                torch.bmm(dO, V_until.mT, out=dS).sub_(attended.mul_(dO).sum(-1, keepdim=True)).mul_(P)
+                dQ = torch.bmm(dS, K_until).view(heads, count, width)
+                _turn(dQ, scaled_cos[now], scaled_sin[now], d_heads[0][:, now], sign=-1)
                 torch.baddbmm(dK[:, :end], dS.mT, Q, out=dK[:, :end])
-            torch.mul(dK, self.scaling, out=d_key[row])
-            d_value[row] = dV
-        return [d_query, d_key, d_value]
+            if d_output is not None:
+                _turn(dK, cos, sin, d_heads[1], sign=-1)
+                d_heads[2].copy_(dV)
+        return results
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, sign: int) -> torch.Tensor:
+    """R x = x cos + (-x_2, x_1) sin of halves x_1, x_2, with sign -1 its transpose, into `out`: [..., T, head_dim]."""
+    half = x.shape[-1] // 2
+    sin_1, sin_2 = sin[..., :half], sin[..., half:]
+    if sign < 0:
+        sin_1, sin_2 = sin_2, sin_1
+    torch.mul(x, cos, out=out)
+    out[..., :half].addcmul_(x[..., half:], sin_1, value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin_2, value=sign)
+    return out
 
 
 def _heads(attention: Any, leaves: Iterable[torch.Tensor], call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -190,7 +190,8 @@ def measure_training(
 
     In one process, methods of one model share its weights and its optimizer. With `own_processes` each method has an
     `OwnProcess`, and all of them start anew so many times, each time for `turns` of its own: where the memory of a
-    process lies is luck that would last as long as the process. For the CPU: those of one GPU would share its memory.
+    process lies is luck that would last as long as the process. A turn is two steps there, the second one counted: in
+    training a step follows a step, not a pause. For the CPU: processes of one GPU would share its memory.
     """
     steps: dict[str, Step] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders.methods}
@@ -216,7 +217,7 @@ def measure_training(
             processes = {name: stack.enter_context(closing(process)) for name, process in started}
             for process in processes.values():
                 process.wait_until_ready()
-            for name, taken in clock(dict(processes)).items():
+            for name, taken in clock(dict(processes), before=lambda name: processes[name]()).items():
                 seconds[name] += taken
     reference = REFERENCE if REFERENCE in seconds else next(iter(seconds))
     rows = training_rows(seconds, operations, parameters, ids.numel(), reference)
