@@ -212,13 +212,8 @@ def measure_training(
     else:
         seconds = clock(steps, before=contenders.model)
     for _ in range(own_processes):
-        with ExitStack() as stack:
-            started = ((name, OwnProcess(contenders, name, ids)) for name in contenders.methods)
-            processes = {name: stack.enter_context(closing(process)) for name, process in started}
-            for process in processes.values():
-                process.wait_until_ready()
-            for name, taken in clock(dict(processes), before=lambda name: processes[name]()).items():
-                seconds[name] += taken
+        for name, taken in _in_own_processes(contenders, ids, clock).items():
+            seconds[name] += taken
     reference = REFERENCE if REFERENCE in seconds else next(iter(seconds))
     rows = training_rows(seconds, operations, parameters, ids.numel(), reference)
     peak = peak_flops(torch.cuda.get_device_name(ids.device)) if ids.is_cuda else None
@@ -226,6 +221,15 @@ def measure_training(
         for row in rows.values():
             row["mfu"] = round(row["matrix_operations"] / row["step_s"]["median"] / peak, 4)
     return rows
+
+
+def _in_own_processes(contenders: Contenders, ids: torch.Tensor, clock: Callable) -> dict[str, list[float]]:
+    with ExitStack() as stack:
+        started = ((name, OwnProcess(contenders, name, ids)) for name in contenders.methods)
+        processes = {name: stack.enter_context(closing(process)) for name, process in started}
+        for process in processes.values():
+            process.wait_until_ready()
+        return clock(dict(processes), before=lambda name: processes[name]())
 
 
 def measure_generation(
