@@ -368,7 +368,7 @@ def main() -> None:
     sections = ("saved", "resident", "peak", "speed", "kept_heap", "bf16", "interval")
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--redo", action="store_true", help="measure sections again that are in the file")
-    parser.add_argument("--turns", type=int, default=3, help="counted turns of each contender, two steps each, after one uncounted")
+    parser.add_argument("--turns", type=int, default=3, help="counted turns, of two steps each, after one uncounted")
     parser.add_argument("--restarts", type=int, default=3, help="how often all contenders' processes start, turns each")
     parser.add_argument("--layers", nargs="+", type=int, help="depths of peak and speed, the first one of bf16: 8 24")
     parser.add_argument("--rows", type=int, default=8, help="sequences in a step: peak, speed and bf16")
