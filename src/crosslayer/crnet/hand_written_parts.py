@@ -358,7 +358,10 @@ class OnePassAttention:
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, sign: int) -> torch.Tensor:
-    """R x = x cos + (-x_2, x_1) sin of halves x_1, x_2, with sign -1 its transpose, into `out`: [..., T, head_dim]."""
+    """R x = x cos + (-x_2, x_1) sin of halves x_1, x_2, with sign -1 its transpose, into `out`: [..., T, head_dim].
+
+    In fewer passes than `Rotary.turn`, which has the roundings of transformers.
+    """
     half = x.shape[-1] // 2
     sin_1, sin_2 = sin[..., :half], sin[..., half:]
     if sign < 0:
