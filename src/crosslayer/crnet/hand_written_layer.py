@@ -75,6 +75,9 @@ class Product:
     `addmm(..., out=)`: torch's FLOP counter does not know `addmm_`.
     """
 
+    BLOCK = 256
+    """Tokens; 128 and 512 are about as fast."""
+
     def __init__(self, position: str, linear: nn.Module, autocast_dtype: torch.dtype | None) -> None:
         self.name = NAME_OF[position]
         self.A: torch.Tensor | None = None
@@ -113,12 +116,9 @@ class Product:
         assert b is not None
         if T.dtype != previous.dtype:
             return torch.add(self._increment(T), previous, alpha=b, out=out)
-        rows, weight = previous.view(-1, previous.shape[-1]), self.weight.to(self.dtype)
-        T = T.reshape(-1, T.shape[-1])
-        rows = torch.addmm(rows, T, weight.t(), beta=b, out=None if out is None else out.view(rows.shape))
-        if self.bias is not None:
-            rows.add_(self.bias)
-        return rows.view(previous.shape)
+        out = torch.empty_like(previous, memory_format=torch.contiguous_format) if out is None else out
+        self._add_increment(b, previous, 1.0, T, out)
+        return out if self.bias is None else out.add_(self.bias)
 
     def retreat(self, Y: torch.Tensor, T: torch.Tensor) -> torch.Tensor:
         """Y_{l-1} = (Y_l - T B) / b, written over Y_l."""
@@ -128,10 +128,22 @@ class Product:
             return Y.sub_(self._increment(T)).div_(b)
         if self.bias is not None:
             Y.sub_(self.bias)
-        weight = self.weight.to(self.dtype)
-        rows = Y.view(-1, Y.shape[-1])
-        torch.addmm(rows, T.reshape(-1, T.shape[-1]), weight.t(), beta=1 / b, alpha=-1 / b, out=rows)
+        self._add_increment(1 / b, Y, -1 / b, T, out=Y)
         return Y
+
+    def _add_increment(self, scale: float, Y: torch.Tensor, alpha: float, T: torch.Tensor, out: torch.Tensor) -> None:
+        """scale Y + alpha T B, without bias, into `out`, which may be Y.
+
+        On a CPU scaled first, and in blocks that a core's cache holds: `addmm` with a beta goes over its sum twice. The
+        same bits, and 1 to 5 % less of a step (MKL, float32; the busier the memory, the more).
+        """
+        Y_rows, T_rows, out_rows = (x.view(-1, x.shape[-1]) for x in (Y, T.contiguous(), out))
+        weight = self.weight.to(self.dtype).t()
+        if Y.device.type != "cpu":
+            torch.addmm(Y_rows, T_rows, weight, beta=scale, alpha=alpha, out=out_rows)
+            return
+        for y, t, o in zip(*(x.split(self.BLOCK) for x in (Y_rows, T_rows, out_rows)), strict=True):
+            torch.addmm(torch.mul(y, scale, out=o), t, weight, alpha=alpha, out=o)
 
     def _increment(self, T: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(self.dtype)
