@@ -23,6 +23,7 @@ The dense model does not fit: 6.74e9 x (2 + 2.03) bytes are 27.2 GB before the f
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -188,6 +189,7 @@ def measure(name: str, rank: int, options: argparse.Namespace) -> dict[str, Any]
                     parameter.grad = None
                 return False
             finally:
+                gc.collect()  # what a step that failed left in cycles
                 if is_cuda:
                     torch.cuda.empty_cache()
 
