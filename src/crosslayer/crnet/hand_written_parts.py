@@ -260,7 +260,7 @@ class OnePassAttention:
         cos, sin = call.arguments["position_embeddings"]
         # [B, heads, T, head_dim], not rotated yet
         self.heads = attention.heads(Y["q"], Y["k"], Y["v"], dtype, (), lambda query, key: (query, key))
-        self.tables = [table.to(dtype).expand(len(Y["q"]), -1, -1) for table in (cos, sin)]
+        self.tables = [table.to(dtype) for table in (cos, sin)]  # of each sequence, or one for all
         self.scaling = attention.scaling
         self.scratch = call.scratch
         self.found: tuple[torch.Tensor, ...] = ()
@@ -306,70 +306,101 @@ class OnePassAttention:
     def _pass(self, d_output: torch.Tensor | None) -> list[torch.Tensor]:
         """[O], or where dO is given [O, dy_q, dy_k, dy_v], each [B, T, heads * head_dim].
 
-        A block's queries of all heads that share one key are the rows of one product: [key-value heads, rows, ...].
+        Views are made ahead of the inner loop, most of them once for all sequences: within, they take 1 % of a step.
         """
         query, key, value = self.heads
         batch, heads, length, width = query.shape
         shared, block = key.shape[1], min(self.BLOCK, length)
+
+        def by_head(x: torch.Tensor) -> torch.Tensor:
+            return x.view(batch, length, -1, width).transpose(1, 2)
+
+        def in_blocks(x: torch.Tensor) -> list:
+            return [row.split(block, -2) for row in x.unbind()]
+
         results = [self._buffer("activated", batch, length, heads * width)]
+        queries, outputs = in_blocks(query), in_blocks(by_head(results[0]))
         if d_output is not None:
             sizes = {"gated": heads, "d_gated": shared, "post_attention_layernorm": shared}
             results += [self._buffer(name, batch, length, count * width) for name, count in sizes.items()]
-        by_head = [x.view(batch, length, -1, width).transpose(1, 2) for x in results]
-        scores = self._buffer("dx", 2, heads * block * length)
+            d_outputs, d_queries = in_blocks(by_head(d_output)), in_blocks(by_head(results[1]))
+            d_keys, d_values = by_head(results[2]), by_head(results[3])
         K, dK, dV = self._buffer("turned", 3, shared, length, width)
-        turned = self._buffer("turned block", heads * block * width)
-        later = query.new_full((block, block), -torch.inf).triu(1)
+        blocks = [_Block(self, K, dK, dV, start, min(start + block, length)) for start in range(0, length, block)]
+        cos, sin = self.tables
+        turns = [_Turn(*both) for both in zip(cos, sin, strict=True)] * (batch // len(cos))
+        scaled = zip(*(in_blocks(table * self.scaling) for table in (cos, sin)), strict=True)
+        turns_of_queries = [list(map(_Turn, *both)) for both in scaled] * (batch // len(cos))
         for row in range(batch):
-            output, *d_heads = (x[row] for x in by_head)
-            cos, sin = (table[row] for table in self.tables)
-            scaled_cos, scaled_sin = cos * self.scaling, sin * self.scaling
-            _turn(key[row], cos, sin, K, sign=1)
+            turns[row].forward(key[row], K)
             if d_output is not None:
-                d_attended = d_output[row].view(length, heads, width).transpose(0, 1)
                 dK.zero_()
                 dV.zero_()
-            for start in range(0, length, block):
-                end = min(start + block, length)
-                now, count = slice(start, end), end - start
-                Q = turned[: heads * count * width].view(heads, count, width)
-                Q = _turn(query[row, :, now], scaled_cos[now], scaled_sin[now], Q, sign=1).view(shared, -1, width)
-                K_until, V_until = K[:, :end], value[row, :, :end]
-                P, dS = (x[: heads * count * end].view(shared, -1, end) for x in scores)
-
-                torch.bmm(Q, K_until.mT, out=P)
-                P.view(heads, count, end)[..., start:] += later[:count, :count]
-                torch.softmax(P, -1, out=P)
-                attended = torch.bmm(P, V_until)
-                output[:, now] = attended.view(heads, count, width)
+            for i, b in enumerate(blocks):
+                turn, V = turns_of_queries[row][i], value[row, :, : b.end]
+                turn.forward(queries[row][i], b.Q_by_head)
+                torch.bmm(b.Q, b.K.mT, out=b.P)
+                b.diagonal.add_(b.later)
+                torch.softmax(b.P, -1, out=b.P)
+                torch.bmm(b.P, V, out=b.O)
+                outputs[row][i].copy_(b.O_by_head)
                 if d_output is None:
                     continue
 
-                dO = d_attended[:, now].reshape(shared, -1, width)
-                torch.baddbmm(dV[:, :end], P.mT, dO, out=dV[:, :end])
-                torch.bmm(dO, V_until.mT, out=dS).sub_(attended.mul_(dO).sum(-1, keepdim=True)).mul_(P)
-                dQ = torch.bmm(dS, K_until).view(heads, count, width)
-                _turn(dQ, scaled_cos[now], scaled_sin[now], d_heads[0][:, now], sign=-1)
-                torch.baddbmm(dK[:, :end], dS.mT, Q, out=dK[:, :end])
+                b.dO_by_head.copy_(d_outputs[row][i])
+                torch.baddbmm(b.dV, b.P.mT, b.dO, out=b.dV)
+                torch.bmm(b.dO, V.mT, out=b.dS).sub_(b.O.mul_(b.dO).sum(-1, keepdim=True)).mul_(b.P)
+                torch.baddbmm(b.dK, b.dS.mT, b.Q, out=b.dK)
+                torch.bmm(b.dS, b.K, out=b.Q)
+                turn.backward(b.Q_by_head, d_queries[row][i])
             if d_output is not None:
-                _turn(dK, cos, sin, d_heads[1], sign=-1)
-                d_heads[2].copy_(dV)
+                turns[row].backward(dK, d_keys[row])
+                d_values[row].copy_(dV)
         return results
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, sign: int) -> torch.Tensor:
-    """R x = x cos + (-x_2, x_1) sin of halves x_1, x_2, with sign -1 its transpose, into `out`: [..., T, head_dim].
+class _Block:
+    """The queries from `start` to `end` and their scores, in memory that is the same for every sequence.
 
-    In fewer passes than `Rotary.turn`, which has the roundings of transformers.
+    The queries of all heads that share one key are the rows of one product: [key-value heads, rows, ...].
     """
-    half = x.shape[-1] // 2
-    sin_1, sin_2 = sin[..., :half], sin[..., half:]
-    if sign < 0:
-        sin_1, sin_2 = sin_2, sin_1
-    torch.mul(x, cos, out=out)
-    out[..., :half].addcmul_(x[..., half:], sin_1, value=-sign)
-    out[..., half:].addcmul_(x[..., :half], sin_2, value=sign)
-    return out
+
+    def __init__(self, attention: OnePassAttention, K, dK, dV, start: int, end: int) -> None:
+        _, heads, length, width = attention.heads[0].shape
+        shared, count, block = len(K), end - start, min(attention.BLOCK, length)
+        self.end = end
+        rows = attention._buffer("rows", 3, heads * block * width)[:, : heads * count * width]
+        self.Q, self.O, self.dO = rows.view(3, shared, -1, width)
+        self.Q_by_head, self.O_by_head, self.dO_by_head = rows.view(3, heads, count, width)
+        self.K, self.dK, self.dV = K[:, :end], dK[:, :end], dV[:, :end]
+        scores = attention._buffer("dx", 2, heads * block * length)[:, : heads * count * end]
+        self.P, self.dS = scores.view(2, shared, -1, end)
+        self.diagonal = self.P.view(heads, count, end)[..., start:]
+        self.later = self.P.new_full((count, count), -torch.inf).triu(1)
+
+
+class _Turn:
+    """R x = x cos + (-x_2, x_1) sin of halves x_1, x_2, and its transpose, into `out`: [..., T, head_dim].
+
+    In fewer passes than `Rotary.turn`, which has the roundings of transformers. cos and sin: [T, head_dim].
+    """
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        self.cos = cos
+        self.sin_1, self.sin_2 = sin.chunk(2, -1)
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._turn(x, out, self.sin_1, self.sin_2, 1)
+
+    def backward(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._turn(x, out, self.sin_2, self.sin_1, -1)
+
+    def _turn(self, x, out, sin_1, sin_2, sign) -> None:
+        x_1, x_2 = x.chunk(2, -1)
+        out_1, out_2 = out.chunk(2, -1)
+        torch.mul(x, self.cos, out=out)
+        out_1.addcmul_(x_2, sin_1, value=-sign)
+        out_2.addcmul_(x_1, sin_2, value=sign)
 
 
 def _heads(attention: Any, leaves: Iterable[torch.Tensor], call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
