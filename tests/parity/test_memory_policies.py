@@ -203,15 +203,16 @@ def test_one_pass(policy, case, length, passes):
     assert passes == [False] * 3 + [False, True] * twice + [True] * (3 - twice)
 
 
-@pytest.mark.parametrize("length", [30, 40])
-def test_one_pass_only_where_it_pays(length, passes, monkeypatch):
-    """Forwards and under `none` and `replay` long sequences are left to torch's kernel."""
+@pytest.mark.parametrize(("length", "threads"), [(30, 1), (40, 1), (30, 2)])
+def test_one_pass_only_where_it_pays(length, threads, passes, monkeypatch):
+    """Forwards and under `none` and `replay` long sequences, and several threads, are left to torch's kernel."""
     monkeypatch.setattr(OnePassAttention, "SHORT", 30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     model = deep_model(3, 0.9, torch.float32)
     expected = gradients_of(model, "none", length=length)
     actual = gradients_of(model, "replay", length=length)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    short = length == 30
+    short = length == 30 and threads == 1
     assert passes == ([False] * 3 + [True] * 3) * 2 * short
     passes.clear()
     gradients_of(model, "low_rank", length=length)

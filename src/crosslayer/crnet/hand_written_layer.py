@@ -264,11 +264,13 @@ class HandWrittenLayer:
     def attends_in_one_pass(self, Y: Outputs, dtype: torch.dtype, rebuilds: bool = False) -> bool:
         """Whether the attention is done by hand.
 
-        Forwards where sequences are short, under every policy, and then backwards too. A policy that `rebuilds` the
-        output saves its second forward that way, however long they are. `none` does not, nor may `replay`, whose
-        gradients are equal to those of `none` to the last bit.
+        On one thread forwards where sequences are short, under every policy, and then backwards too: with two threads
+        torch's kernel is faster (a step of `none` takes 0.89 to 0.96 of the time). A policy that `rebuilds` the output
+        saves its second forward that way, however long they are. `none` does not, nor may `replay`, whose gradients
+        are equal to those of `none` to the last bit.
         """
-        pays = rebuilds or Y["q"].shape[1] <= OnePassAttention.SHORT
+        is_short = Y["q"].shape[1] <= OnePassAttention.SHORT
+        pays = rebuilds or (is_short and torch.get_num_threads() == 1)
         return pays and OnePassAttention.fits(self.layer.self_attn, Y, self.call, dtype)
 
     def gate(self, Y: Outputs, dtype: torch.dtype) -> Gate:
