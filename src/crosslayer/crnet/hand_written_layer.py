@@ -24,7 +24,7 @@ from torch import nn
 
 from .configuration_crnet import POSITIONS
 from .cross_layer_linear import CrossLayerLinear, LowRankLinear
-from .hand_written_parts import AttentionRun, Call, Gate, Norm, OnePassAttention, Outputs
+from .hand_written_parts import AttentionRun, Call, Gate, Norm, Outputs
 
 NAME_OF = {p: f"{'self_attn' if p in ('q', 'k', 'v', 'o') else 'mlp'}.{p}_proj" for p in POSITIONS}
 """Where the linear of a position lies within a layer."""
@@ -242,7 +242,7 @@ class HandWrittenLayer:
             Y[position] = self._advance(position, x, h.dtype, previous, in_place)
         gated = self.gate(Y, x.dtype).output
         Y["down"] = self._advance("down", gated, h.dtype, previous, in_place)
-        return State(h_mid.add_(Y["down"]), Y), attention if waits and isinstance(attention, AttentionRun) else None
+        return State(h_mid.add_(Y["down"]), Y), attention if waits else None
 
     def _advance(self, position, x, dtype, previous, in_place):
         product = self.products[position]
@@ -255,23 +255,9 @@ class HandWrittenLayer:
     def normed(self, name: str, h: torch.Tensor) -> Norm:
         return Norm(name, getattr(self.layer, name), h, self.call.scratch)
 
-    def attend(self, Y: Outputs, dtype: torch.dtype, waits: bool) -> "AttentionRun | OnePassAttention":
-        if self.attends_in_one_pass(Y, dtype):
-            return OnePassAttention(self.layer.self_attn, Y, self.call, dtype)
+    def attend(self, Y: Outputs, dtype: torch.dtype, waits: bool) -> AttentionRun:
         with self.call.autocast():
             return AttentionRun(self.layer.self_attn, Y, self.call, dtype, waits)
-
-    def attends_in_one_pass(self, Y: Outputs, dtype: torch.dtype, rebuilds: bool = False) -> bool:
-        """Whether the attention is done by hand.
-
-        On one thread forwards where sequences are short, under every policy, and then backwards too: with two threads
-        torch's kernel is faster (a step of `none` takes 0.89 to 0.96 of the time). A policy that `rebuilds` the output
-        saves its second forward that way, however long they are. `none` does not, nor may `replay`, whose gradients
-        are equal to those of `none` to the last bit.
-        """
-        is_short = Y["q"].shape[1] <= OnePassAttention.SHORT
-        pays = rebuilds or (is_short and torch.get_num_threads() == 1)
-        return pays and OnePassAttention.fits(self.layer.self_attn, Y, self.call, dtype)
 
     def gate(self, Y: Outputs, dtype: torch.dtype) -> Gate:
         with self.call.autocast():
@@ -333,12 +319,10 @@ class HandWrittenLayer:
             self._backward_product(position, d_head, lambda: x, dx, step, add=position != "q")
         return self._backward_norm("input_layernorm", normed, dx, d_mid, step, out)
 
-    def _attention(self, step: "BackwardStep", dtype: torch.dtype) -> AttentionRun | OnePassAttention:
+    def _attention(self, step: "BackwardStep", dtype: torch.dtype) -> AttentionRun:
         """As it waited, else run again."""
         if step.attention is not None:
             return step.attention
-        if self.attends_in_one_pass(step.Y, dtype, rebuilds=step.inverts):
-            return OnePassAttention(self.layer.self_attn, step.Y, self.call, dtype)
         return step.attend_again(self, dtype)
 
     def _backward_product(

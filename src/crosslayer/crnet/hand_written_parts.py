@@ -2,8 +2,7 @@
 
     norm        x = w h / rms(h)          dh = (w dx - h <w dx, h> / (D rms^2)) / rms    dw = sum_tokens dx h / rms
     gate        g = silu(gate) up         d_up = dg silu(gate)       d_gate = dg up silu'(gate)
-    attention   a graph of its own under autograd, so that any attention implementation gives its own gradients;
-                plain causal attention on a CPU by hand, its output and its gradients in one pass
+    attention   a graph of its own under autograd, so that any attention implementation gives its own gradients
 
 Fresh memory is what elementwise work costs on a CPU: a new [1024, 1376] float32 tensor takes a page fault every 4 KiB,
 longer than the multiplication that fills it. Whatever does not outlive a layer is therefore written into `Scratch`.
@@ -16,14 +15,11 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
@@ -238,171 +234,6 @@ class AttentionRun(LocalGraph):
         return [*self.held, self.output]
 
 
-class OnePassAttention:
-    """Causal attention by hand, one sequence and one block of queries after the other; the rotation is part of it.
-
-        forward     P = softmax(Q K^T)    O = P V                        Q = c R y_q    K = R y_k    V = y_v
-        backward    dV = P^T dO    dS = P (dO V^T - rowsum(dO O))    dy_q = c R^T dS K    dy_k = R^T dS^T Q
-
-    P never exists as a whole (as in FlashAttention-2, arXiv 2307.08691), and the backward, which knows dO already, gets
-    O and all gradients from one P (our choice: torch's CPU kernels compute it for the output and once more for the
-    gradients). What a block touches fits a core's cache, rotated queries and keys too. Of the time of torch's kernel
-    with the rotations ahead of it the forward takes 0.70 at 256 tokens, 0.67 at 512, 0.9 at 1024, 1.1 at 2048
-    (float32, one thread, 8 heads of 64).
-    """
-
-    BLOCK = 64
-    """Queries; 32 and 96 take 3 to 6 % longer."""
-    SHORT = 512
-    """Tokens of a sequence up to which torch's kernels are faster for nothing, not for gradients alone either."""
-
-    def __init__(self, attention: Any, Y: Outputs, call: Call, dtype: torch.dtype) -> None:
-        cos, sin = call.arguments["position_embeddings"]
-        # [B, heads, T, head_dim], not rotated yet
-        self.heads = attention.heads(Y["q"], Y["k"], Y["v"], dtype, (), lambda query, key: (query, key))
-        self.tables = [table.to(dtype) for table in (cos, sin)]  # of each sequence, or one for all
-        self.scaling = attention.scaling
-        self.scratch = call.scratch
-        self.found: tuple[torch.Tensor, ...] = ()
-
-    @staticmethod
-    def fits(attention: Any, Y: Outputs, call: Call, dtype: torch.dtype) -> bool:
-        """Whether torch's own causal attention is asked for, on a CPU, without mask and dropout."""
-        arguments = call.arguments
-        return (
-            attention.config._attn_implementation == "sdpa"
-            and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
-            and arguments.get("attention_mask") is None
-            and arguments.keys().isdisjoint({"is_causal", "position_bias"})
-            and not (attention.training and attention.attention_dropout > 0)
-            and call.autocast_dtype is None
-            and dtype in (torch.float32, torch.float64)
-            and Y["q"].device.type == "cpu"
-        )
-
-    @cached_property
-    def output(self) -> torch.Tensor:
-        """O [B, T, heads * head_dim], good until the MLP runs."""
-        return self._pass(None)[0]
-
-    def output_given(self, d_output: torch.Tensor | None) -> torch.Tensor:
-        """O, and where dO is known already, the gradients with it."""
-        if d_output is not None:
-            self.gradients(d_output)
-        return self.output
-
-    def gradients(self, d_output: torch.Tensor, keep_graph: bool = False) -> tuple[torch.Tensor, ...]:
-        """dO [B, T, heads * head_dim] -> gradients of Y_q, Y_k and Y_v."""
-        if not self.found:
-            self.output, *found = self._pass(d_output)
-            self.found = tuple(found)
-        return self.found
-
-    def _buffer(self, name: str, *shape: int) -> torch.Tensor:
-        """One of the MLP's, which in the forward is yet to come and in the backward over."""
-        return self.scratch.get(name, shape, self.heads[0])
-
-    @torch.no_grad()
-    def _pass(self, d_output: torch.Tensor | None) -> list[torch.Tensor]:
-        """[O], or where dO is given [O, dy_q, dy_k, dy_v], each [B, T, heads * head_dim].
-
-        Views are made ahead of the inner loop, most of them once for all sequences: within, they take 1 % of a step.
-        """
-        query, key, value = self.heads
-        batch, heads, length, width = query.shape
-        shared, block = key.shape[1], min(self.BLOCK, length)
-
-        def by_head(x: torch.Tensor) -> torch.Tensor:
-            return x.view(batch, length, -1, width).transpose(1, 2)
-
-        def in_blocks(x: torch.Tensor) -> list:
-            return [row.split(block, -2) for row in x.unbind()]
-
-        results = [self._buffer("activated", batch, length, heads * width)]
-        queries, outputs = in_blocks(query), in_blocks(by_head(results[0]))
-        if d_output is not None:
-            sizes = {"gated": heads, "d_gated": shared, "post_attention_layernorm": shared}
-            results += [self._buffer(name, batch, length, count * width) for name, count in sizes.items()]
-            d_outputs, d_queries = in_blocks(by_head(d_output)), in_blocks(by_head(results[1]))
-            d_keys, d_values = by_head(results[2]), by_head(results[3])
-        K, dK, dV = self._buffer("turned", 3, shared, length, width)
-        blocks = [_Block(self, K, dK, dV, start, min(start + block, length)) for start in range(0, length, block)]
-        cos, sin = self.tables
-        turns = [_Turn(*both) for both in zip(cos, sin, strict=True)] * (batch // len(cos))
-        scaled = zip(*(in_blocks(table * self.scaling) for table in (cos, sin)), strict=True)
-        turns_of_queries = [list(map(_Turn, *both)) for both in scaled] * (batch // len(cos))
-        for row in range(batch):
-            turns[row].forward(key[row], K)
-            if d_output is not None:
-                dK.zero_()
-                dV.zero_()
-            for i, b in enumerate(blocks):
-                turn, V = turns_of_queries[row][i], value[row, :, : b.end]
-                turn.forward(queries[row][i], b.Q_by_head)
-                torch.bmm(b.Q, b.K.mT, out=b.P)
-                b.diagonal.add_(b.later)
-                torch.softmax(b.P, -1, out=b.P)
-                torch.bmm(b.P, V, out=b.O)
-                outputs[row][i].copy_(b.O_by_head)
-                if d_output is None:
-                    continue
-
-                b.dO_by_head.copy_(d_outputs[row][i])
-                torch.baddbmm(b.dV, b.P.mT, b.dO, out=b.dV)
-                torch.bmm(b.dO, V.mT, out=b.dS).sub_(b.O.mul_(b.dO).sum(-1, keepdim=True)).mul_(b.P)
-                torch.baddbmm(b.dK, b.dS.mT, b.Q, out=b.dK)
-                torch.bmm(b.dS, b.K, out=b.Q)
-                turn.backward(b.Q_by_head, d_queries[row][i])
-            if d_output is not None:
-                turns[row].backward(dK, d_keys[row])
-                d_values[row].copy_(dV)
-        return results
-
-
-class _Block:
-    """The queries from `start` to `end` and their scores, in memory that is the same for every sequence.
-
-    The queries of all heads that share one key are the rows of one product: [key-value heads, rows, ...].
-    """
-
-    def __init__(self, attention: OnePassAttention, K, dK, dV, start: int, end: int) -> None:
-        _, heads, length, width = attention.heads[0].shape
-        shared, count, block = len(K), end - start, min(attention.BLOCK, length)
-        self.end = end
-        rows = attention._buffer("rows", 3, heads * block * width)[:, : heads * count * width]
-        self.Q, self.O, self.dO = rows.view(3, shared, -1, width)
-        self.Q_by_head, self.O_by_head, self.dO_by_head = rows.view(3, heads, count, width)
-        self.K, self.dK, self.dV = K[:, :end], dK[:, :end], dV[:, :end]
-        scores = attention._buffer("dx", 2, heads * block * length)[:, : heads * count * end]
-        self.P, self.dS = scores.view(2, shared, -1, end)
-        self.diagonal = self.P.view(heads, count, end)[..., start:]
-        self.later = self.P.new_full((count, count), -torch.inf).triu(1)
-
-
-class _Turn:
-    """R x = x cos + (-x_2, x_1) sin of halves x_1, x_2, and its transpose, into `out`: [..., T, head_dim].
-
-    In fewer passes than `Rotary.turn`, which has the roundings of transformers. cos and sin: [T, head_dim].
-    """
-
-    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        self.cos = cos
-        self.sin_1, self.sin_2 = sin.chunk(2, -1)
-
-    def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        self._turn(x, out, self.sin_1, self.sin_2, 1)
-
-    def backward(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        self._turn(x, out, self.sin_2, self.sin_1, -1)
-
-    def _turn(self, x, out, sin_1, sin_2, sign) -> None:
-        x_1, x_2 = x.chunk(2, -1)
-        out_1, out_2 = out.chunk(2, -1)
-        torch.mul(x, self.cos, out=out)
-        out_1.addcmul_(x_2, sin_1, value=-sign)
-        out_2.addcmul_(x_1, sin_2, value=sign)
-
-
 def _heads(attention: Any, leaves: Iterable[torch.Tensor], call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Y_q, Y_k, Y_v -> queries, keys and values, rotated in `Scratch`."""
 
@@ -416,4 +247,4 @@ def _heads(attention: Any, leaves: Iterable[torch.Tensor], call: Call, dtype: to
     return attention.heads(*leaves, dtype, call.arguments["position_embeddings"], rotate)
 
 
-__all__ = ["AttentionRun", "Call", "Gate", "LocalGraph", "Norm", "OnePassAttention", "Outputs", "Scratch"]
+__all__ = ["AttentionRun", "Call", "Gate", "LocalGraph", "Norm", "Outputs", "Scratch"]

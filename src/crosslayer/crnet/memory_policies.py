@@ -3,7 +3,7 @@
     policy       keeps, for its backward                                rebuilds
     none         every state, X A, and what the attention saved         nothing
     replay       X A, and the state every N layers                      states upwards: equal to `none` bit for bit
-    low_rank     X A, and states where the inversion would lose digits  states downwards, by inversion
+    invert       X A, and states where the inversion would lose digits  states downwards, by inversion
     reversible   the state every N layers                               everything, by inversion
 
 The state is what one layer hands to the next, h and seven Y. A `Tape` owns the live one. Every layer is an autograd
@@ -13,16 +13,14 @@ through the tape.
     forward    live state S_0 ─► S_1 ─► ... ─► S_L      a state that must last is kept before it is overwritten
     backward   live state S_L ─► ... ─► S_1 ─► S_0      kept, replayed from a kept one below, or inverted
 
-Rounding errors grow by 1/|b| with each inversion (arXiv 2509.18993, section on recomputation): `low_rank` and
+Rounding errors grow by 1/|b| with each inversion (arXiv 2509.18993, section on recomputation): `invert` and
 `reversible` keep a state before the estimate passes `recompute_error_bound`, and measure the drift wherever they come
 down upon a kept one. Training only: evaluation and generation never pass here.
 
 A flat file that imports only torch, transformers and its neighbours, so that a saved checkpoint can carry it.
 """
 
-import math
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,42 +41,9 @@ from .hand_written_layer import (
     parameters_of,
     relative_difference,
 )
+from .policies import POLICIES
 
 logger = logging.get_logger(__name__)
-
-DEFAULT_REVERSIBLE_INTERVAL = 8
-
-
-@dataclass(frozen=True)
-class Policy:
-    """One row of the table above."""
-
-    name: str
-    keeps_low_rank: bool
-    keeps_attention: bool
-    inverts: bool
-
-    def interval(self, asked: int | None, layers: int) -> int | None:
-        """The state is kept every so many layers; None: wherever the error bound wants it, and nowhere else."""
-        if self.name == "none":
-            return 1
-        if asked is None and self.name == "replay":
-            return max(1, math.isqrt(max(layers - 2, 0)) + 1)  # about sqrt(L): N states replayed, L / N kept
-        if asked is None and self.name == "reversible":
-            return DEFAULT_REVERSIBLE_INTERVAL
-        return asked
-
-
-POLICIES = {
-    policy.name: policy
-    for policy in (
-        Policy("none", keeps_low_rank=True, keeps_attention=True, inverts=False),
-        Policy("low_rank", keeps_low_rank=True, keeps_attention=False, inverts=True),
-        Policy("replay", keeps_low_rank=True, keeps_attention=False, inverts=False),
-        Policy("reversible", keeps_low_rank=False, keeps_attention=False, inverts=True),
-    )
-}
-
 
 class ErrorEstimate:
     """How far states rebuilt from above would be off, known on the way up.
@@ -498,4 +463,4 @@ def set_random_state(states: list[torch.Tensor], tensor: torch.Tensor) -> None:
         torch.get_device_module(tensor.device).set_rng_state(states[1], tensor.device)
 
 
-__all__ = ["POLICIES", "DriftMeter", "Policy", "Tape"]
+__all__ = ["POLICIES", "DriftMeter", "Tape"]

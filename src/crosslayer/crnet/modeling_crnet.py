@@ -36,7 +36,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_crnet import POSITIONS, CRNetConfig
 from .cross_layer_linear import CrossLayerLinear, LowRankLinear
 from .hand_written_layer import Call
-from .memory_policies import POLICIES, DriftMeter, Tape
+from .memory_policies import DriftMeter, Tape
+from .policies import current_name
 
 logger = logging.get_logger(__name__)
 
@@ -324,8 +325,7 @@ class CRNetPreTrainedModel(PreTrainedModel):
 
         Raises ValueError, and changes nothing, where the config would refuse them.
         """
-        if recompute not in POLICIES:
-            raise ValueError(f"recompute={recompute!r} does not exist; allowed: {', '.join(POLICIES)}.")
+        recompute = current_name(recompute)
         config, model = self.config, self.base_model
         before = config.recompute, config.recompute_interval
         config.recompute, config.recompute_interval = recompute, interval  # type: ignore[assignment]
@@ -349,7 +349,7 @@ class CRNetPreTrainedModel(PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
         """Activation checkpointing means whole layers, except in CR-Net: there a layer boundary is as wide as eight
-        tensors, and the policy `low_rank` takes its place unless the config names another."""
+        tensors, and the policy `invert` takes its place unless the config names another."""
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         if self.config.factorization != "cross_layer":
             return
@@ -457,8 +457,8 @@ class CRNetModel(CRNetPreTrainedModel):
             return None
         chosen = self.config.recompute
         if chosen == "none" and self.gradient_checkpointing:
-            chosen = "low_rank"
-        if chosen in ("low_rank", "reversible") and self._drifted:
+            chosen = "invert"
+        if chosen in ("invert", "reversible") and self._drifted:
             chosen = "replay"
         return chosen
 
