@@ -4,12 +4,15 @@
                                   ▲
     Y_{l-1} ──────── · b ─────────┘
 
-A flat file that imports only torch, so that a saved checkpoint can carry it. Shapes: [..., in] is the input, [..., out]
-the output, r the rank. A and B are `nn.Linear`, so that LoRA, quantisation and `target_modules="all-linear"` see them.
+A flat file that imports only torch and its neighbours, so that a saved checkpoint can carry it. Shapes: [..., in] is the
+input, [..., out] the output, r the rank. A and B are `nn.Linear`, so that LoRA, quantisation and
+`target_modules="all-linear"` see them.
 """
 
 import torch
 from torch import nn
+
+from .decode_rows import is_bare, is_row, row_product
 
 
 class LowRankLinear(nn.Module):
@@ -43,26 +46,16 @@ class LowRankLinear(nn.Module):
         low_rank = self.A(x)
         return nn.functional.silu(low_rank) if self.activation == "silu" else low_rank
 
-    def _is_row(self, x: torch.Tensor) -> bool:
-        return (
-            x.numel() == x.shape[-1]
-            and x.dtype == torch.float32  # others gain nothing
-            and not torch.is_grad_enabled()
-            and is_plain(x)
-            and is_bare(self.A, x.dtype)
-            and is_bare(self.B, x.dtype)
-        )
-
-    def _row(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, ..., in] -> [1, ..., out]."""
+    def increment(self, x: torch.Tensor) -> torch.Tensor:
+        """B act(A x): [..., in] -> [..., out]."""
+        if not (is_row(x) and is_bare(self.A, x.dtype) and is_bare(self.B, x.dtype)):
+            return self.B(self.low_rank(x))
         low_rank = row_product(x, self.A.weight)
-        if self.activation == "silu":
-            low_rank = nn.functional.silu(low_rank)
-        return row_product(low_rank, self.B.weight)
+        return row_product(nn.functional.silu(low_rank) if self.activation == "silu" else low_rank, self.B.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
-        return self._row(x) if self._is_row(x) else self.B(self.low_rank(x))
+        return self.increment(x)
 
 
 class CrossLayerLinear(LowRankLinear):
@@ -93,54 +86,18 @@ class CrossLayerLinear(LowRankLinear):
 
     def forward(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """x [..., in] and the previous layer's output [..., out] -> [..., out] in `previous`'s dtype or wider."""
-        if self._is_row(x):
-            beta = self.beta.item()
-            b = beta + self.beta_epsilon if beta >= 0 else beta - self.beta_epsilon
-            return torch.add(self._row(x), previous, alpha=b)
+        if is_row(x):
+            return torch.add(self.increment(x), previous, alpha=self.b().item())
         low_rank = self.low_rank(x)
-        if low_rank.dtype == previous.dtype and is_plain(low_rank) and is_bare(self.B, low_rank.dtype):
-            return _CrossLayerProduct.apply(previous, low_rank, self.B.weight, self.b())
-        return self.b() * previous + self.B(low_rank)
+        if low_rank.dtype != previous.dtype or type(low_rank) is not torch.Tensor or not is_bare(self.B, low_rank.dtype):
+            return self.b() * previous + self.B(low_rank)
+        # The sum as part of the product, as in training (product.py): the same bits, and one pass over Y less.
+        carried = (self.b() * previous).reshape(-1, previous.shape[-1])
+        total = torch.addmm(carried, low_rank.reshape(-1, low_rank.shape[-1]), self.B.weight.t())
+        return total.view(previous.shape)
 
     def extra_repr(self) -> str:
         return f"beta_init={self.beta_init}, beta_epsilon={self.beta_epsilon}, activation={self.activation}"
-
-
-def is_plain(x: torch.Tensor) -> bool:
-    """Whether x is an ordinary tensor on a CPU, in eager mode.
-
-    Reading b as a number would stall an accelerator and break a compiled graph; a fake tensor has none.
-    """
-    return (
-        x.device.type == "cpu"
-        and type(x) is torch.Tensor
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-
-
-def is_bare(linear: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether x may be multiplied with the linear's weight past its forward.
-
-    Anything that replaced or watches the linear (LoRA, quantisation, hooks) must be asked, not bypassed.
-    """
-    return (
-        type(linear) is nn.Linear
-        and linear.bias is None
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not (linear._backward_hooks or linear._backward_pre_hooks)
-        and linear.weight.dtype == dtype
-    )
-
-
-def row_product(row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """row [1, ..., in] with weight [out, in] -> [1, ..., out], as a batch of dot products: for decoding on a CPU.
-
-    79 us instead of 165 for in = 256 and 1024 outputs in float32, 180 instead of 406 for 2752, 84 instead of 97 for
-    in = 1024 and 256 outputs (two cores, weights not in the cache, our measurement): the BLAS product of a narrow
-    matrix and a vector reaches half of the memory's speed only.
-    """
-    return torch.linalg.vecdot(weight, row.reshape(1, -1)).view(*row.shape[:-1], -1)
 
 
 def b_of(beta: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -152,34 +109,19 @@ def b_of(beta: torch.Tensor, epsilon: float) -> torch.Tensor:
     return beta + torch.where(beta >= 0, epsilon, -epsilon)
 
 
-class _CrossLayerProduct(torch.autograd.Function):
-    """b Y_{l-1} + T B^T as one `addmm`, with the gradient of b as one dot product.
-
-    Written with autograd's own operations the sum and its gradients pass over [tokens, out] eleven times, here seven.
-    On one CPU core in float32 (hidden 512, 8 layers, 1024 tokens) a CR-Net training step takes 0.83 of the time.
-    Backward is made of differentiable operations, so second derivatives are right as well.
-    """
-
-    @staticmethod
-    def forward(ctx, previous, low_rank, weight, b):
-        """previous [..., out], low_rank [..., r], weight [out, r], b [1] -> [..., out]."""
-        ctx.save_for_backward(previous, low_rank, weight, b)
-        out_features, rank = weight.shape
-        flat = torch.addmm(previous.reshape(-1, out_features), low_rank.reshape(-1, rank), weight.t(), beta=b.item())
-        return flat.view(previous.shape)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        previous, low_rank, weight, b = ctx.saved_tensors
-        needs_previous, needs_low_rank, needs_weight, needs_b = ctx.needs_input_grad
-        out_features, rank = weight.shape
-        flat = gradient.reshape(-1, out_features)
-        return (
-            gradient * b if needs_previous else None,
-            (flat @ weight).view(low_rank.shape) if needs_low_rank else None,
-            flat.t() @ low_rank.reshape(-1, rank) if needs_weight else None,
-            torch.dot(gradient.reshape(-1), previous.reshape(-1)).view(1) if needs_b else None,
-        )
+def build_linear(config, layer_idx: int, position: str) -> nn.Module:
+    """The linear of one position: dense, low rank or cross-layer, as the configuration says."""
+    place = config.places(layer_idx)[position]
+    rank = config.linear_rank(layer_idx, position)
+    shape = place.in_features, place.out_features
+    if rank is None:
+        return nn.Linear(*shape, bias=place.bias)
+    if not place.carries:
+        return LowRankLinear(*shape, rank, place.bias, "silu" if config.factorization == "cola" else None)
+    if layer_idx == 0 or config.starts_chain(layer_idx, position):
+        return LowRankLinear(*shape, rank, place.bias, config.increment_activation)
+    beta = config.beta_init, config.beta_epsilon, config.beta_trainable
+    return CrossLayerLinear(*shape, rank, place.bias, config.increment_activation, *beta)
 
 
-__all__ = ["CrossLayerLinear", "LowRankLinear", "b_of"]
+__all__ = ["CrossLayerLinear", "LowRankLinear", "b_of", "build_linear"]

@@ -1,0 +1,350 @@
+"""The live state of one forward and its backward under a memory policy (policies.py), and all that was kept for it.
+
+Every block is an autograd Function of its own, so that gradients become ready layer by layer; only h travels through
+autograd, Y and its gradient through the tape.
+
+    forward    live state S_0 ─► S_1 ─► ... ─► S_L      a state that must last is kept before it is overwritten
+    backward   live state S_L ─► ... ─► S_1 ─► S_0      kept, replayed from a kept one below, or inverted
+
+Rounding errors grow by 1/|b| with each inversion (arXiv 2509.18993, section on recomputation): `invert` and
+`reversible` keep a state before the estimate passes `recompute_error_bound`, and measure the drift wherever they come
+down upon a kept one. Training only: evaluation and generation never pass here.
+
+A flat file that imports only torch, transformers and its neighbours, so that a saved checkpoint can carry it.
+"""
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .block_gradient import BlockRun, Kept, State, Step, parameters_of, relative_difference
+from .cross_layer_linear import b_of
+from .decode_rows import is_watched
+from .drift import DriftMeter, ErrorEstimate
+from .local_functions import Call, Gradients
+from .policies import POLICIES
+
+logger = logging.get_logger(__name__)
+
+
+class Tape:
+    """The live state of one forward and its backward, and all that was kept for it.
+
+    Args:
+        policy: a name of `POLICIES`.
+        interval: `recompute_interval` of the configuration.
+        error_bound: `recompute_error_bound` of the configuration.
+        layers: the decoder blocks, bottom first.
+        arguments: keyword arguments of each of them.
+        device_type: of the hidden states.
+        meter: where the drift goes.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        interval: int | None,
+        error_bound: float,
+        layers: list[Any],
+        arguments: list[dict],
+        device_type: str,
+        meter: DriftMeter | None = None,
+    ) -> None:
+        self.policy = POLICIES[policy]
+        self.interval = self.policy.interval(interval, len(layers))
+        self.error_bound = error_bound
+        self.layers = layers
+        self.arguments = arguments
+        self.call = Call(device_type)
+        self.meter = meter or DriftMeter()
+        self.b = read_all_b(layers)  # None where it has to wait for the layer's weights to be gathered
+        self.has_below: list[set[str]] = []
+        self.can_invert: list[bool] = []
+        self.can_replay: list[bool] = []
+        self.live: State | None = None
+        self.live_index = -1  # S_index is the state after layer `index`
+        self.states: dict[int, State] = {}  # the states kept
+        self.inputs: dict[int, torch.Tensor] = {}  # a layer's h where it is not the h of the layer before
+        self.kept: dict[int, Kept] = {}
+        # (graph task, index, (G, b) of each position) of the layer above
+        self.gradient_above: tuple[int, int, dict] | None = None
+        self.estimate: ErrorEstimate | None = None
+
+    # Forward
+
+    def run(self, layer: nn.Module, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The layer, within its own forward: [B, T, D] -> [B, T, D], and what its positions return beside Y."""
+        parameters = parameters_of(layer)
+        return _LayerFunction.apply(self, len(self.has_below), h, tuple(parameters), *parameters.values())
+
+    def forward(self, index: int, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        layer = self.layers[index]
+        self.has_below.append(set(self.live.Y) if self.live is not None else set())
+        if self.b[index] is None:
+            self.b[index] = read_b([layer])[0]
+        run = self._run_of(index)
+        self.can_invert.append(run.can_invert)
+        self.can_replay.append(run.can_replay)
+        h = self._enter(index, h.detach())
+        below = self.live.Y if self.live is not None else {}
+        state, kept, beside = run.forward(h, below, in_place=index - 1 not in self.states)
+        if index == len(self.layers) - 1:
+            self.call.scratch.clear()  # what comes next, the logits, is where memory peaks
+        # Autograd's output and ours are two tensors over one storage: one that knew its own graph would keep it alive.
+        h, state = state.h, State(state.h.detach(), state.Y)
+        if self.policy.name == "none":
+            self.states[index] = state
+        self.kept[index] = kept
+        self.live, self.live_index = state, index
+        return h, *beside
+
+    def _run_of(self, index: int) -> BlockRun:
+        """The layer with the weights that it has now. b counts only for what some layer below has, too."""
+        has_below = self.has_below[index]
+        b = {name: value for name, value in (self.b[index] or {}).items() if name in has_below}
+        return BlockRun(self.layers[index], self.call, self.arguments[index], b, has_below, self.policy)
+
+    def _enter(self, index: int, h: torch.Tensor) -> torch.Tensor:
+        """Decides about the state before the layer, S_{index - 1}; returns the h that the layer reads."""
+        if index == 0:
+            self.inputs[0] = h = h.to(torch.promote_types(h.dtype, torch.float32))
+            self.estimate = ErrorEstimate(self.error_bound, h.dtype)
+            return h
+        assert self.live is not None
+        if not self.live.is_intact() and self.policy.name != "none":
+            raise RuntimeError(
+                f"The hidden states between layers {index - 1} and {index} were modified in place; return new ones, or "
+                "use recompute='none'."
+            )
+        if not _same_values(h, self.live.h):  # a hook stepped in between: from here on its h counts
+            self.inputs[index] = h = h.to(self.live.h.dtype)
+            self._keep(index - 1)
+        if self._has_to_be_kept(index):
+            self._keep(index - 1)
+        return self.inputs.get(index, self.live.h)
+
+    def _keep(self, index: int) -> None:
+        assert self.live is not None
+        self.states[index] = self.live
+
+    def _has_to_be_kept(self, index: int) -> bool:
+        """Whether S_{index - 1} must outlive layer `index`."""
+        below, b, estimate = index - 1, self.b[index], self.estimate
+        assert b is not None
+        assert estimate is not None
+        if not self.can_invert[index]:
+            estimate.restart()
+            return True
+        if not self.policy.inverts:
+            assert self.interval is not None
+            return below % self.interval == 0 or not self.can_replay[below]
+        if self.interval is not None and below > 0 and below % self.interval == 0:
+            estimate.restart()
+            return True
+        if not estimate.add(b):
+            return False
+        self._tell_about_small_b(index, b)
+        return True
+
+    def _tell_about_small_b(self, index: int, b: dict[str, float]) -> None:
+        assert self.estimate is not None
+        if not b:
+            return
+        position = min(b, key=lambda name: abs(b[name]))
+        known = (index, position) in self.meter.small_b
+        if known or 1 / abs(b[position]) <= self.estimate.allowed:
+            return
+        self.meter.small_b.add((index, position))
+        logger.warning(
+            f"b={b[position]:.3g} of layers.{index}.{position} is too small to divide by: recompute="
+            f"{self.policy.name!r} keeps the state below this layer instead of rebuilding it (recompute_error_bound="
+            f"{self.error_bound}). Gradients stay right; memory grows by that state."
+        )
+
+    # Backward
+
+    def backward(self, index: int, d_h: torch.Tensor, d_beside: list, wanted: set[str], passes_on: bool):
+        """d h_l, and d of what the layer returned beside it -> (d h_{l-1}, gradients of wanted parameters by name)."""
+        task = torch._C._current_graph_task_id()
+        keep_graph = self.policy.name == "none" and torch._C._autograd._get_current_graph_task_keep_graph()
+        self._bring_to_life(index)
+        run, step = self._step(index, d_h.to(self.live.h.dtype))  # type: ignore[union-attr]
+        above, self.gradient_above = self.gradient_above, None
+        if above is not None and above[:2] == (task, index):
+            step.above = above[2]
+        step.gradients, step.d_beside = Gradients(wanted, keep_graph=keep_graph), d_beside
+        d_below = run.backward(step, self.kept[index])
+        if index > 0 and passes_on:
+            self.gradient_above = (task, index - 1, step.below)
+        self._descend(index, step, keep_graph)
+        return d_below, step.gradients.found
+
+    def _bring_to_life(self, index: int) -> None:
+        """Makes S_index the live state, should the gradient not start at the top."""
+        if self.policy.name == "none" and index in self.states:
+            self.live, self.live_index = self.states[index], index
+        while self.live_index > index:
+            at = self.live_index
+            assert self.live is not None
+            with self._gathered(at):
+                run, step = self._step(at, torch.zeros_like(self.live.h))
+                if at > 0 and self.policy.inverts:
+                    run.backward(step, self.kept[at])  # of nothing: only the state below counts
+            self._descend(at, step, keep_graph=False)
+        if self.live is None or self.live_index != index or index not in self.kept:
+            raise RuntimeError(
+                f"Backward through layer {index} a second time: recompute={self.policy.name!r} has freed or moved on "
+                "from its state. Run the forward again for every backward (retain_graph=True works with "
+                "recompute='none')."
+            )
+
+    def _step(self, index: int, d_h: torch.Tensor) -> tuple[BlockRun, Step]:
+        """What the backward of a layer starts from; decides how the state below comes about."""
+        live, kept, run = self.live, self.kept[index], self._run_of(index)
+        assert live is not None
+        below = self._state_below(index)
+        for state in (live if self.policy.inverts else None, below):
+            if state is not None and not state.is_intact():
+                raise RuntimeError(f"Hidden states near layer {index} were modified in place; its backward needs them.")
+        Y = run.complete(dict(live.Y), kept)
+        h_below = self.inputs.get(index, below.h if below is not None else None)
+        if h_below is None or (self.policy.inverts and (index == 0 or index not in self.inputs)):
+            buffer = self.call.scratch.get(("tape", f"h below {index % 2}"), live.h.shape, live.h)
+            rebuilt = run.hidden_states_below(live.h, Y, kept, buffer)
+            if h_below is None:
+                h_below = rebuilt
+            else:
+                self.meter.record(relative_difference(rebuilt, h_below))
+        return run, Step(h_below, Y, d_h, kept_below=below, inverts=self.policy.inverts)
+
+    def _state_below(self, index: int) -> State | None:
+        """S_{index - 1} where it is kept, or replayed from a kept one; None where it has to be inverted."""
+        if index == 0:
+            return None
+        if index - 1 not in self.states and not self.policy.inverts:
+            self._replay(index - 1)
+        return self.states.get(index - 1)
+
+    def _replay(self, top: int) -> None:
+        """Y_l = b Y_{l-1} + T B upwards, from the kept state next below up to S_top."""
+        bottom = max(at for at in self.states if at < top)
+        for at in range(bottom + 1, top + 1):
+            with self._gathered(at):
+                below = self.states[at - 1]
+                below = State(self.inputs.get(at, below.h), below.Y)
+                self.states[at] = self._run_of(at).replay(below, self.kept[at], f"replayed {at - bottom}")
+
+    @contextmanager
+    def _gathered(self, index: int):
+        """FSDP2 holds the whole weights of one layer at a time, the one whose backward runs."""
+        layer = self.layers[index]
+        if hasattr(layer, "unshard"):
+            layer.unshard()
+        yield
+        if hasattr(layer, "reshard"):
+            layer.reshard()
+
+    def _descend(self, index: int, step: Step, keep_graph: bool) -> None:
+        """S_{index - 1} becomes the live state, and what belongs to layer `index` is freed."""
+        for drift in step.drifts:
+            self.meter.record(drift)
+        if index == 0:
+            self.live = None
+        elif step.kept_below is not None:
+            self.live = step.kept_below
+        else:
+            self.live = State(step.h_below, step.Y_below)
+        self.live_index = index - 1
+        if not keep_graph:
+            self.states.pop(index, None)
+            if self.policy.name != "none":
+                self.states.pop(index - 1, None)
+            self.inputs.pop(index, None)
+            self.kept.pop(index, None)
+
+    # Counting
+
+    def tensors(self) -> dict[int, list[torch.Tensor]]:
+        """Everything the tape holds, by layer; the live state counts as its layer's."""
+        held: dict[int, list[torch.Tensor]] = {index: kept.tensors() for index, kept in self.kept.items()}
+        for index, state in self.states.items():
+            held.setdefault(index, []).extend(state.tensors())
+        for index, h in self.inputs.items():
+            held.setdefault(index, []).append(h)
+        if self.live is not None:
+            held.setdefault(self.live_index, []).extend(self.live.tensors())
+        return held
+
+
+class _LayerFunction(torch.autograd.Function):
+    """One layer for autograd: h_{l-1} and the layer's parameters -> h_l, and what lies beside. The rest is the tape's."""
+
+    @staticmethod
+    def forward(ctx, tape: Tape, index: int, h: torch.Tensor, names: tuple[str, ...], *parameters: torch.Tensor):
+        ctx.tape, ctx.index, ctx.names = tape, index, names
+        ctx.save_for_backward(*parameters)
+        return tape.forward(index, h)
+
+    @staticmethod
+    def backward(ctx, d_h, *d_beside):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Second derivatives (create_graph=True) do not pass a hand-written backward. Take them in evaluation "
+                "mode, model.eval(), where CR-Net runs on plain autograd."
+            )
+        _ = ctx.saved_tensors  # complains about parameters that were changed since the forward
+        _, _, needs_h, _, *needs = ctx.needs_input_grad
+        wanted = {name for name, needed in zip(ctx.names, needs, strict=True) if needed}
+        d_below, gradients = ctx.tape.backward(ctx.index, d_h, list(d_beside), wanted, needs_h)
+        return None, None, d_below if needs_h else None, None, *(gradients.get(name) for name in ctx.names)
+
+
+def read_all_b(layers: list[Any]) -> list[dict[str, float] | None]:
+    """b of every layer, or None for all where some of them are sharded until their layer runs (FSDP2)."""
+    betas = [linear.beta for layer in layers for linear in cross_layer_linears(layer).values()]
+    if any(type(beta) not in (nn.Parameter, torch.Tensor) for beta in betas):
+        return [None] * len(layers)
+    return list(read_b(layers))
+
+
+def read_b(layers: list[Any]) -> list[dict[str, float]]:
+    """b of every position as numbers: one read for all, since on an accelerator each one waits."""
+    linears = [cross_layer_linears(layer) for layer in layers]
+    every = [linear for of_layer in linears for linear in of_layer.values()]
+    if not every:
+        return [{} for _ in layers]
+    with torch.no_grad():
+        betas = torch.cat([linear.beta.detach() for linear in every])
+        epsilons = {linear.beta_epsilon for linear in every}
+        if len(epsilons) > 1:
+            epsilon = torch.tensor([linear.beta_epsilon for linear in every], dtype=betas.dtype, device=betas.device)
+            b = betas + torch.where(betas >= 0, epsilon, -epsilon)
+        else:
+            b = b_of(betas, epsilons.pop())
+        numbers = iter(b.tolist())
+    return [{position: next(numbers) for position in of_layer} for of_layer in linears]
+
+
+def cross_layer_linears(layer: Any) -> dict[str, Any]:
+    """The linears of a block that give b and increment apart; not those that somebody watches as a whole."""
+    linears = {name: layer.linear(name) for name, place in layer.places.items() if place.carries}
+    return {
+        name: linear
+        for name, linear in linears.items()
+        if hasattr(linear, "beta") and hasattr(linear, "increment") and not is_watched(linear)
+    }
+
+
+def _same_values(h: torch.Tensor, ours: torch.Tensor) -> bool:
+    """Whether h is the h that we handed out, as it was or rounded to another dtype (FSDP's mixed precision)."""
+    if h.shape != ours.shape:
+        return False
+    if h.dtype == ours.dtype:
+        return h.data_ptr() == ours.data_ptr() or torch.equal(h, ours)
+    return torch.equal(h, ours.to(h.dtype))
+
+
+__all__ = ["Tape"]
