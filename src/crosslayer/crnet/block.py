@@ -26,7 +26,7 @@ class Stage:
         reads: ("h",), or names of positions of earlier stages.
         function: path of the module between them and the linears.
         positions: names of the positions whose linears read what the function gives.
-        adds: whether their outputs are added to h.
+        adds: those of them whose outputs are added to h.
         through: path of a module that stands between Y and h where the stage adds (a norm, a dropout).
         takes_arguments: whether the function also gets the keyword arguments of the block (masks, rotations, the cache).
     """
@@ -34,7 +34,7 @@ class Stage:
     reads: tuple[str, ...]
     function: str
     positions: tuple[str, ...]
-    adds: bool = False
+    adds: tuple[str, ...] = ()
     through: str | None = None
     takes_arguments: bool = False
 
@@ -95,7 +95,7 @@ class CrossLayerBlock(GradientCheckpointingLayer):
             for name in stage.positions:
                 Y[name], *more = self.project(name, x, Y.get(name))
                 beside += more
-                if stage.adds:
+                if name in stage.adds:
                     y = Y[name]
                     hidden_states = hidden_states + (y if stage.through is None else self.find(stage.through)(y))
         self.hand_out(beside)

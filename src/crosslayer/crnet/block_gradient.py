@@ -163,7 +163,7 @@ class BlockRun:
             for name in stage.positions:
                 Y[name], more = self._advance(name, x, Y_below.get(name), h.dtype, in_place, kept)
                 beside += more
-                if stage.adds:
+                if name in stage.adds:
                     now = torch.add(now, self._added(stage, Y[name], kept, fresh=True), out=h_next)
         self.through.clear()
         outputs = {name: Y.pop(name) for name, place in self.block.places.items() if not place.carries}
@@ -238,7 +238,7 @@ class BlockRun:
     def hidden_states_below(self, h: torch.Tensor, Y: Outputs, kept: Kept, out: torch.Tensor) -> torch.Tensor:
         """h_{l-1} = h_l - Y, last first, into `out`."""
         for stage in reversed(self.block.stages):
-            for name in reversed(stage.positions if stage.adds else ()):
+            for name in reversed(stage.adds):
                 h = torch.sub(h, self._added(stage, Y[name], kept), out=out)
         return h
 
@@ -269,7 +269,7 @@ class BlockRun:
             x = function.output
             dx = scratch.get((stage.function, "gradient"), x.shape, x)
             for count, name in enumerate(stage.positions):
-                local = self._gradient_of_added(stage, d_h, step) if stage.adds else None
+                local = self._gradient_of_added(stage, name, d_h, step, kept) if name in stage.adds else None
                 read = d_Y.pop(name, None)
                 local = read if local is None else local if read is None else local + read
                 self._backward_position(name, local, x, dx, count > 0, step, kept)
@@ -286,14 +286,15 @@ class BlockRun:
         """h that a stage reads: h_{l-1} and what earlier stages added."""
         h = step.h_below
         for earlier in self.block.stages[: self.block.stages.index(stage)]:
-            for name in earlier.positions if earlier.adds else ():
+            for name in earlier.adds:
                 out = self.call.scratch.get((stage.function, "h"), h.shape, h)
                 h = torch.add(h, self._added(earlier, step.Y[name], kept), out=out)
         return h
 
-    def _gradient_of_added(self, stage: Stage, d_h: torch.Tensor, step: Step) -> torch.Tensor:
+    def _gradient_of_added(self, stage: Stage, name: str, d_h, step: Step, kept: Kept) -> torch.Tensor:
         if stage.through is None:
             return d_h
+        self._added(stage, step.Y[name], kept)  # unless it has been run
         d = self.call.scratch.get((stage.through, "gradient"), d_h.shape, d_h).copy_(d_h)  # is written over
         return self.through.pop(stage.through).gradients(d, step.gradients)[0]
 
@@ -352,7 +353,7 @@ class BlockRun:
                 Y[position] = self._output_from(product, kept.first[position])
         h, out = state.h, scratch.get((name, "h"), state.h.shape, state.h)
         for stage in self.block.stages:
-            for position in stage.positions if stage.adds else ():
+            for position in stage.adds:
                 h = torch.add(h, self._added(stage, Y[position], kept), out=out)
         self.through.clear()
         return State(h, {position: y for position, y in Y.items() if position in state.Y})

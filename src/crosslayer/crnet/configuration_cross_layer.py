@@ -100,22 +100,23 @@ class CrossLayerFields:
     def positions(self, layer_idx: int) -> dict[str, Position]:
         """The positions of a block by name: those of a Llama block. Families with others say which."""
         config: Any = self
-        query_width = config.num_attention_heads * config.head_dim
-        key_value_width = config.num_key_value_heads * config.head_dim
-        bias, mlp_bias = getattr(config, "attention_bias", False), getattr(config, "mlp_bias", False)
+        shape = self.attention_shape(layer_idx)
+        query_width, key_value_width = shape.heads * shape.key_dim, shape.key_value_heads * shape.key_dim
         return decoder_positions(
-            config.hidden_size, config.intermediate_size, query_width, key_value_width, bias, bias, mlp_bias
+            config.hidden_size, config.intermediate_size, query_width, key_value_width, *self.linear_biases()
         )
+
+    def linear_biases(self) -> tuple[bool, bool, bool]:
+        """Whether q, k and v have biases; o; the MLP."""
+        attention = getattr(self, "attention_bias", False)
+        return attention, attention, getattr(self, "mlp_bias", False)
 
     def attention_shape(self, layer_idx: int) -> AttentionShape:
         config: Any = self
-        return AttentionShape(
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.head_dim,
-            getattr(config, "sliding_window", None) if self.layer_kind(layer_idx) == "sliding_attention" else None,
-        )
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        window = config.sliding_window if self.layer_kind(layer_idx) == "sliding_attention" else None
+        return AttentionShape(heads, getattr(config, "num_key_value_heads", None) or heads, width, width, window)
 
     def norm_parameters(self, layer_idx: int | None) -> int:
         """Parameters of the norms of a block; with None, of the one after the last block."""

@@ -152,6 +152,8 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
 
     block_class: type[CrossLayerBlock]
     norm_class: type[nn.Module] = CarriedRMSNorm
+    rotary_class: type[nn.Module] = LlamaRotaryEmbedding
+    output_class: type[BaseModelOutputWithPast] = BaseModelOutputWithPast
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -168,7 +170,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(self.block_class(config, index) for index in range(config.num_hidden_layers))
         self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = self.rotary_class(config=config)
 
     # What a family may say otherwise
 
@@ -252,7 +254,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
             for layer, given in zip(layers, arguments, strict=True):
                 hidden_states, *carried = layer(hidden_states, *carried, **given)
 
-        return BaseModelOutputWithPast(last_hidden_state=self.last(hidden_states), past_key_values=past_key_values)
+        return self.output_class(last_hidden_state=self.last(hidden_states), past_key_values=past_key_values)
 
     # Memory policies (policies.py, tape.py)
 
@@ -360,6 +362,7 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.fused_loss = False
+        self.loss_type = "ForCausalLM"
         self.post_init()
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -402,6 +405,9 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
+        return self.output(outputs, loss, logits, attention_mask=attention_mask)
+
+    def output(self, outputs: BaseModelOutputWithPast, loss, logits, **arguments) -> CausalLMOutputWithPast:
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -19,20 +19,24 @@ class CRNetDecoderLayer(CrossLayerBlock):
 
     attention_class = Attention
     norm_class = CarriedRMSNorm
+    activation_field = "hidden_act"
     stages = (
         Stage(("h",), "input_layernorm", ("q", "k", "v")),
-        Stage(("q", "k", "v"), "self_attn", ("o",), adds=True, takes_arguments=True),
+        Stage(("q", "k", "v"), "self_attn", ("o",), adds=("o",), takes_arguments=True),
         Stage(("h",), "post_attention_layernorm", ("gate", "up")),
-        Stage(("gate", "up"), "mlp", ("down",), adds=True),
+        Stage(("gate", "up"), "mlp", ("down",), adds=("down",)),
     )
 
     def __init__(self, config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        self.add_functions(config, layer_idx)
+        self.add_linears(config)
+
+    def add_functions(self, config, layer_idx: int) -> None:
         self.self_attn = self.attention_class(config, layer_idx)
-        self.mlp = GatedMLP(config.hidden_act)
+        self.mlp = GatedMLP(getattr(config, self.activation_field))
         self.input_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        self.add_linears(config)
 
 
 class CRNetPreTrainedModel(CrossLayerPreTrainedModel):

@@ -1,0 +1,25 @@
+"""Configuration of CR-Net on Cohere's parallel block."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import CohereConfig
+
+from .configuration_cross_layer import CrossLayerFields
+
+
+@strict
+class CRNetCohereConfig(CrossLayerFields, CohereConfig):
+    __doc__ = CrossLayerFields.__doc__
+    model_type = "crnet_cohere"
+
+    @property
+    def rms_norm_eps(self) -> float:
+        return self.layer_norm_eps
+
+    def norm_parameters(self, layer_idx: int | None) -> int:
+        if layer_idx is None or not self.use_qk_norm:
+            return self.hidden_size
+        shape = self.attention_shape(layer_idx)
+        return self.hidden_size + (shape.heads + shape.key_value_heads) * shape.key_dim
+
+
+__all__ = ["CRNetCohereConfig"]

@@ -1,0 +1,24 @@
+"""Configuration of CR-Net on Gemma 3's block (text)."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Gemma3TextConfig
+
+from .configuration_cross_layer import CrossLayerFields
+
+
+@strict
+class CRNetGemma3Config(CrossLayerFields, Gemma3TextConfig):
+    __doc__ = CrossLayerFields.__doc__
+    model_type = "crnet_gemma3"
+
+    def norm_parameters(self, layer_idx: int | None) -> int:
+        return self.hidden_size if layer_idx is None else 4 * self.hidden_size + 2 * self.head_dim
+
+    def validate_architecture(self) -> None:
+        super().validate_architecture()
+        for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} is not supported by CR-Net's Gemma 3; leave it out.")
+
+
+__all__ = ["CRNetGemma3Config"]

@@ -1,0 +1,36 @@
+"""Configuration of CR-Net on GPT-2's block."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import GPT2Config
+
+from .configuration_cross_layer import CrossLayerFields
+from .positions import Position
+
+
+@strict
+class CRNetGPT2Config(CrossLayerFields, GPT2Config):
+    __doc__ = CrossLayerFields.__doc__
+    model_type = "crnet_gpt2"
+
+    def positions(self, layer_idx: int) -> dict[str, Position]:
+        h, f = self.hidden_size, self.n_inner or 4 * self.hidden_size
+        return {
+            **{p: Position(f"attn.{p}_proj", h, h, bias=True) for p in ("q", "k", "v")},
+            "o": Position("attn.c_proj", h, h, bias=True),
+            "up": Position("mlp.c_fc", h, f, bias=True),
+            "down": Position("mlp.c_proj", f, h, bias=True),
+        }
+
+    def norm_parameters(self, layer_idx: int | None) -> int:
+        return 2 * super().norm_parameters(layer_idx)  # with biases
+
+    def validate_architecture(self) -> None:
+        super().validate_architecture()
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"n_embd={self.hidden_size} is not a multiple of n_head={self.num_attention_heads}.")
+        for name in ("add_cross_attention", "reorder_and_upcast_attn"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True is not supported by CR-Net's GPT-2; set it to False.")
+
+
+__all__ = ["CRNetGPT2Config"]

@@ -1,0 +1,40 @@
+"""Configuration of CR-Net on Qwen3-MoE's block."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3MoeConfig
+
+from .configuration_cross_layer import CrossLayerFields
+from .positions import Mixture, Position
+
+
+@strict
+class CRNetQwen3MoeConfig(CrossLayerFields, Qwen3MoeConfig):
+    __doc__ = CrossLayerFields.__doc__
+    model_type = "crnet_qwen3_moe"
+    head_dim: int | None = None
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        in_step = (layer_idx + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and in_step and layer_idx not in self.mlp_only_layers
+
+    def positions(self, layer_idx: int) -> dict[str, Position]:
+        positions, h = super().positions(layer_idx), self.hidden_size
+        if not self.is_sparse(layer_idx):
+            return positions
+        mixture = Mixture(self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size, self.num_experts * h)
+        attention = {name: position for name, position in positions.items() if position.module.startswith("self_attn")}
+        return attention | {"experts": Position("mlp", h, h, mixture=mixture)}
+
+    def norm_parameters(self, layer_idx: int | None) -> int:
+        of_heads = 0 if layer_idx is None else 2 * self.attention_shape(layer_idx).key_dim
+        return super().norm_parameters(layer_idx) + of_heads
+
+    def validate_architecture(self) -> None:
+        if not 1 <= self.num_experts_per_tok <= max(1, self.num_experts):
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is outside 1..{self.num_experts}, the number of experts."
+            )
+        super().validate_architecture()
+
+
+__all__ = ["CRNetQwen3MoeConfig"]

@@ -1,0 +1,143 @@
+"""CR-Net on DeepSeek-V3's block: latent attention (MLA), and a mixture of experts beside a shared one.
+
+The latent kv_a is read twice, by the norm ahead of kv_b and by attention, which takes the shared rotated key from it.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Experts,
+    DeepseekV3RotaryEmbedding,
+    DeepseekV3TopkRouter,
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_interleave,
+    yarn_apply_mscale,
+)
+
+from .block import Stage
+from .configuration_crnet_deepseek_v3 import CRNetDeepseekV3Config
+from .functions import Attention, CarriedRMSNorm, GatedMLP
+from .mixture import RouterLogits, build_mixture, init_mixture
+from .model import (
+    CrossLayerForCausalLM,
+    CrossLayerForSequenceClassification,
+    CrossLayerModel,
+    CrossLayerPreTrainedModel,
+)
+from .modeling_crnet import CRNetDecoderLayer
+
+
+class CRNetDeepseekV3LatentRMSNorm(CarriedRMSNorm):
+    """The norm of a latent; what stands behind it in the same vector is left out."""
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        return super().forward(latent[..., : self.weight.shape[0]])
+
+
+class CRNetDeepseekV3Attention(Attention):
+    def __init__(self, config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.scaling = yarn_apply_mscale(config.rope_parameters, self.head_dim**-0.5)
+        self.caches_latent = not config.places(layer_idx)["kv_b"].carries
+        if config.q_lora_rank is not None:
+            self.q_a_layernorm = CRNetDeepseekV3LatentRMSNorm(config.q_lora_rank)
+        self.kv_a_layernorm = CRNetDeepseekV3LatentRMSNorm(config.kv_lora_rank)
+
+    def prepare(self, y_q, y_kv_a, y_kv_b, position_embeddings=None, past_key_values=None, **arguments):
+        """Y_q [B, T, heads * key_dim], Y_kv_a [B, T, latent + rotated], Y_kv_b -> queries, keys and values by head.
+
+        With a cache it holds latents where these say all, [B, 1, T, latent] and [B, 1, T, rotated].
+        """
+        config = self.config
+        rotate = apply_rotary_pos_emb_interleave if config.rope_interleave else apply_rotary_pos_emb
+        query = y_q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query, query_rotated = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+        key_rotated = y_kv_a[..., config.kv_lora_rank :].unsqueeze(1)
+        query_rotated, key_rotated = rotate(query_rotated, key_rotated, *position_embeddings)
+        if past_key_values is not None and self.caches_latent:
+            latent = self.kv_a_layernorm(y_kv_a).unsqueeze(1)
+            latent, key_rotated = past_key_values.update(latent, key_rotated, self.layer_idx)
+            y_kv_b = self.kv_b_proj(latent.squeeze(1))
+        key, value = y_kv_b.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2).split(
+            [config.qk_nope_head_dim, config.v_head_dim], -1
+        )
+        key_rotated = key_rotated.expand(-1, key.shape[1], -1, -1)
+        return torch.cat([query, query_rotated], -1), torch.cat([key, key_rotated], -1), value
+
+    def core(self, query, key, value, past_key_values=None, **arguments):
+        return super().core(
+            query, key, value, past_key_values=None if self.caches_latent else past_key_values, **arguments
+        )
+
+
+class CRNetDeepseekV3Router(DeepseekV3TopkRouter):
+    def weights_of(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Sigmoids of those chosen, as in `forward`."""
+        weights = logits.sigmoid().gather(1, chosen)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) if self.norm_topk_prob else weights
+        return weights * self.routed_scaling_factor
+
+
+class CRNetDeepseekV3DecoderLayer(CRNetDecoderLayer):
+    attention_class = CRNetDeepseekV3Attention
+
+    def add_functions(self, config, layer_idx: int) -> None:
+        super().add_functions(config, layer_idx)
+        mlp = self.stages[2:]
+        if config.is_sparse(layer_idx):
+            self.mlp = build_mixture(config, layer_idx, CRNetDeepseekV3Router(config), DeepseekV3Experts)
+            self.mlp.shared_experts = GatedMLP(config.hidden_act)
+            self.router_logits = RouterLogits()
+            positions = ("shared_gate", "shared_up", "experts")
+            mlp = (
+                Stage(("h",), "post_attention_layernorm", positions, adds=("experts",)),
+                Stage(("shared_gate", "shared_up"), "mlp.shared_experts", ("shared_down",), adds=("shared_down",)),
+            )
+        query, norms = "q", ()
+        if config.q_lora_rank is not None:
+            query, norms = "q_b", (Stage(("q_a",), "self_attn.q_a_layernorm", ("q_b",)),)
+        self.stages = (
+            Stage(("h",), "input_layernorm", ("q" if query == "q" else "q_a", "kv_a")),
+            *norms,
+            Stage(("kv_a",), "self_attn.kv_a_layernorm", ("kv_b",)),
+            Stage((query, "kv_a", "kv_b"), "self_attn", ("o",), adds=("o",), takes_arguments=True),
+            *mlp,
+        )
+
+    def hand_out(self, beside) -> None:
+        for logits in beside:
+            self.router_logits(logits)
+
+
+class CRNetDeepseekV3PreTrainedModel(CrossLayerPreTrainedModel):
+    config_class = CRNetDeepseekV3Config
+    _no_split_modules = ["CRNetDeepseekV3DecoderLayer"]
+    _can_record_outputs = {**CrossLayerPreTrainedModel._can_record_outputs, "router_logits": RouterLogits}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_mixture(module, self.config.initializer_range)
+
+
+class CRNetDeepseekV3Model(CrossLayerModel, CRNetDeepseekV3PreTrainedModel):
+    block_class = CRNetDeepseekV3DecoderLayer
+    output_class = MoeModelOutputWithPast
+    rotary_class = DeepseekV3RotaryEmbedding
+
+
+class CRNetDeepseekV3ForCausalLM(CrossLayerForCausalLM, CRNetDeepseekV3PreTrainedModel):
+    body_class = CRNetDeepseekV3Model
+
+
+class CRNetDeepseekV3ForSequenceClassification(CrossLayerForSequenceClassification, CRNetDeepseekV3PreTrainedModel):
+    body_class = CRNetDeepseekV3Model
+
+
+__all__ = [
+    "CRNetDeepseekV3ForCausalLM",
+    "CRNetDeepseekV3ForSequenceClassification",
+    "CRNetDeepseekV3Model",
+    "CRNetDeepseekV3PreTrainedModel",
+]

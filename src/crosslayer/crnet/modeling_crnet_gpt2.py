@@ -1,0 +1,110 @@
+"""CR-Net on GPT-2's block: biases, layer norms, learned positions, and the fused qkv as three positions."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .block import CrossLayerBlock, Stage
+from .configuration_crnet_gpt2 import CRNetGPT2Config
+from .functions import Attention, CarriedLayerNorm
+from .model import (
+    CrossLayerForCausalLM,
+    CrossLayerForSequenceClassification,
+    CrossLayerModel,
+    CrossLayerPreTrainedModel,
+)
+
+
+class CRNetGPT2Attention(Attention):
+    def __init__(self, config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.scaling = self.scaling if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+        self.attention_dropout = config.attn_pdrop
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+
+class CRNetGPT2MLP(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.act = ACT2FN[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, y_up: torch.Tensor) -> torch.Tensor:
+        return self.act(y_up)
+
+
+class CRNetGPT2Block(CrossLayerBlock):
+    def __init__(self, config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        drops = config.resid_pdrop > 0
+        attended, output = ("attn.resid_dropout", "mlp.dropout") if drops else (None, None)
+        self.stages = (
+            Stage(("h",), "ln_1", ("q", "k", "v")),
+            Stage(("q", "k", "v"), "attn", ("o",), adds=("o",), through=attended, takes_arguments=True),
+            Stage(("h",), "ln_2", ("up",)),
+            Stage(("up",), "mlp", ("down",), adds=("down",), through=output),
+        )
+        self.ln_1 = CarriedLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = CRNetGPT2Attention(config, layer_idx)
+        self.ln_2 = CarriedLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = CRNetGPT2MLP(config)
+        self.add_linears(config)
+
+
+class CRNetGPT2PreTrainedModel(CrossLayerPreTrainedModel):
+    config_class = CRNetGPT2Config
+    base_model_prefix = "transformer"
+    causal_suffix = "LMHeadModel"
+    _input_embed_layer = "wte"
+    _no_split_modules = ["CRNetGPT2Block"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the other families; dense matrices that write to h are smaller by the root of their number, as in GPT-2."""
+        super()._init_weights(module)
+        if isinstance(module, CRNetGPT2Attention | CRNetGPT2MLP) and type(module.c_proj) is nn.Linear:
+            init.normal_(module.c_proj.weight, std=self.config.initializer_range / (2 * self.config.n_layer) ** 0.5)
+
+
+class CRNetGPT2Model(CrossLayerModel, CRNetGPT2PreTrainedModel):
+    block_class = CRNetGPT2Block
+
+    def build(self, config) -> None:
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(CRNetGPT2Block(config, index) for index in range(config.num_hidden_layers))
+        self.ln_f = CarriedLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.h
+
+    def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.drop(inputs_embeds + self.wpe(position_ids))
+
+    def rotations(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> None:
+        return None
+
+    def last(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.ln_f(hidden_states)
+
+
+class CRNetGPT2LMHeadModel(CrossLayerForCausalLM, CRNetGPT2PreTrainedModel):
+    body_class = CRNetGPT2Model
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+
+class CRNetGPT2ForSequenceClassification(CrossLayerForSequenceClassification, CRNetGPT2PreTrainedModel):
+    body_class = CRNetGPT2Model
+
+
+__all__ = [
+    "CRNetGPT2ForSequenceClassification",
+    "CRNetGPT2LMHeadModel",
+    "CRNetGPT2Model",
+    "CRNetGPT2PreTrainedModel",
+]

@@ -1,0 +1,98 @@
+"""CR-Net on Qwen3-MoE's block: attention as Qwen3's, the mixture of experts as one position (mixture.py)."""
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeExperts,
+    Qwen3MoeTopKRouter,
+    load_balancing_loss_func,
+)
+
+from .block import Stage
+from .configuration_crnet_qwen3_moe import CRNetQwen3MoeConfig
+from .mixture import RouterLogits, build_mixture, init_mixture
+from .model import (
+    CrossLayerForCausalLM,
+    CrossLayerForSequenceClassification,
+    CrossLayerModel,
+    CrossLayerPreTrainedModel,
+)
+from .modeling_crnet_qwen3 import CRNetQwen3DecoderLayer
+
+
+class CRNetQwen3MoeRouter(Qwen3MoeTopKRouter):
+    def weights_of(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Softmax over all experts, at those chosen, as in `forward`."""
+        weights = nn.functional.softmax(logits, dtype=torch.float, dim=-1).gather(1, chosen)
+        weights = weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights
+        return weights.to(logits.dtype)
+
+
+class CRNetQwen3MoeDecoderLayer(CRNetQwen3DecoderLayer):
+    """Qwen3's block, or one whose MLP is a mixture."""
+
+    def add_functions(self, config, layer_idx: int) -> None:
+        super().add_functions(config, layer_idx)
+        self.is_sparse = config.is_sparse(layer_idx)
+        if not self.is_sparse:
+            return
+        self.stages = (*self.stages[:2], Stage(("h",), "post_attention_layernorm", ("experts",), adds=("experts",)))
+        self.mlp = build_mixture(config, layer_idx, CRNetQwen3MoeRouter(config), Qwen3MoeExperts)
+        self.router_logits = RouterLogits()
+
+    def hand_out(self, beside) -> None:
+        for logits in beside:
+            self.router_logits(logits)
+
+
+class CRNetQwen3MoePreTrainedModel(CrossLayerPreTrainedModel):
+    config_class = CRNetQwen3MoeConfig
+    _no_split_modules = ["CRNetQwen3MoeDecoderLayer"]
+    _can_record_outputs = {**CrossLayerPreTrainedModel._can_record_outputs, "router_logits": RouterLogits}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_mixture(module, self.config.initializer_range)
+
+
+class CRNetQwen3MoeModel(CrossLayerModel, CRNetQwen3MoePreTrainedModel):
+    block_class = CRNetQwen3MoeDecoderLayer
+    output_class = MoeModelOutputWithPast
+
+
+class CRNetQwen3MoeForCausalLM(CrossLayerForCausalLM, CRNetQwen3MoePreTrainedModel):
+    """With `output_router_logits=True` and labels, the balancing loss is added to the loss, as in transformers."""
+
+    body_class = CRNetQwen3MoeModel
+
+    def output(self, outputs, loss, logits, attention_mask=None, **kwargs) -> MoeCausalLMOutputWithPast:
+        balance, config = None, self.config
+        if outputs.router_logits is not None:
+            mask = attention_mask if torch.is_tensor(attention_mask) else None
+            balance = load_balancing_loss_func(
+                outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask
+            )
+            loss = loss + config.router_aux_loss_coef * balance.to(loss.device) if loss is not None else loss
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=balance,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+class CRNetQwen3MoeForSequenceClassification(CrossLayerForSequenceClassification, CRNetQwen3MoePreTrainedModel):
+    body_class = CRNetQwen3MoeModel
+
+
+__all__ = [
+    "CRNetQwen3MoeForCausalLM",
+    "CRNetQwen3MoeForSequenceClassification",
+    "CRNetQwen3MoeModel",
+    "CRNetQwen3MoePreTrainedModel",
+]
