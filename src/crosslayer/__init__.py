@@ -16,6 +16,7 @@ _HOME_OF = {
     "CRNetForCausalLM": "crosslayer.crnet",
     "CRNetForSequenceClassification": "crosslayer.crnet",
     "CRNetModel": "crosslayer.crnet",
+    "crnet_config": "crosslayer.crnet",
     "LoR2CConfig": "crosslayer.lor2c",
     "LoR2CModel": "crosslayer.lor2c",
     "LoR2CStructureCallback": "crosslayer.lor2c",
@@ -24,7 +25,13 @@ _HOME_OF = {
 _IS_COMMAND_LINE = Path(sys.argv[0]).stem in ("crosslayer", "-m")  # "-m": python -m crosslayer
 
 if TYPE_CHECKING:
-    from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetForSequenceClassification, CRNetModel
+    from crosslayer.crnet import (
+        CRNetConfig,
+        CRNetForCausalLM,
+        CRNetForSequenceClassification,
+        CRNetModel,
+        crnet_config,
+    )
     from crosslayer.lor2c import LoR2CConfig, LoR2CModel, LoR2CStructureCallback
 
 
@@ -35,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 if not _IS_COMMAND_LINE:
-    import_module("crosslayer.crnet")
+    import_module("crosslayer.crnet.registration")
     import_module("crosslayer.lor2c")
 
 __all__ = [
@@ -46,4 +53,5 @@ __all__ = [
     "LoR2CConfig",
     "LoR2CModel",
     "LoR2CStructureCallback",
+    "crnet_config",
 ]

@@ -1,33 +1,40 @@
-"""CR-Net: language models whose linear outputs build on the previous layer's (arXiv 2509.18993)."""
+"""CR-Net: language models whose linear outputs build on the previous layer's (arXiv 2509.18993).
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+Names are loaded on first use, so that the light tables (`policies`, `positions`) cost neither torch nor transformers.
+"""
 
-from .configuration_crnet import POSITIONS, CRNetConfig
-from .cross_layer_linear import CrossLayerLinear, LowRankLinear
-from .modeling_crnet import (
-    CRNetForCausalLM,
-    CRNetForSequenceClassification,
-    CRNetModel,
-    CRNetPreTrainedModel,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-AutoConfig.register(CRNetConfig.model_type, CRNetConfig)
-CRNetConfig.register_for_auto_class()
-for _auto_class, _model_class in (
-    (AutoModel, CRNetModel),
-    (AutoModelForCausalLM, CRNetForCausalLM),
-    (AutoModelForSequenceClassification, CRNetForSequenceClassification),
-):
-    _auto_class.register(CRNetConfig, _model_class)
-    _model_class.register_for_auto_class(_auto_class.__name__)
+from .families import FAMILIES, crnet_config
 
-__all__ = [
-    "POSITIONS",
-    "CRNetConfig",
-    "CRNetForCausalLM",
-    "CRNetForSequenceClassification",
-    "CRNetModel",
-    "CRNetPreTrainedModel",
-    "CrossLayerLinear",
-    "LowRankLinear",
-]
+_HOME_OF = {
+    "POSITIONS": "configuration_crnet",
+    "CrossLayerLinear": "cross_layer_linear",
+    "LowRankLinear": "cross_layer_linear",
+} | {
+    f"{prefix}{name}": f"{'configuration' if name == 'Config' else 'modeling'}_{stem}"
+    for stem, prefix in FAMILIES.values()
+    for name in (
+        "Config",
+        "Model",
+        "PreTrainedModel",
+        "LMHeadModel" if stem == "crnet_gpt2" else "ForCausalLM",
+        "ForSequenceClassification",
+    )
+}
+
+if TYPE_CHECKING:
+    from .configuration_crnet import POSITIONS, CRNetConfig
+    from .cross_layer_linear import CrossLayerLinear, LowRankLinear
+    from .modeling_crnet import CRNetForCausalLM, CRNetForSequenceClassification, CRNetModel, CRNetPreTrainedModel
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.registration")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+__all__ = sorted([*_HOME_OF, "FAMILIES", "crnet_config"])
