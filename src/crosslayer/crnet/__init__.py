@@ -11,6 +11,7 @@ from .families import FAMILIES, crnet_config
 _HOME_OF = {
     "POSITIONS": "configuration_crnet",
     "CrossLayerLinear": "cross_layer_linear",
+    "LowRankExperts": "mixture",
     "LowRankLinear": "cross_layer_linear",
 } | {
     f"{prefix}{name}": f"{'configuration' if name == 'Config' else 'modeling'}_{stem}"
@@ -27,6 +28,7 @@ _HOME_OF = {
 if TYPE_CHECKING:
     from .configuration_crnet import POSITIONS, CRNetConfig
     from .cross_layer_linear import CrossLayerLinear, LowRankLinear
+    from .mixture import LowRankExperts
     from .modeling_crnet import CRNetForCausalLM, CRNetForSequenceClassification, CRNetModel, CRNetPreTrainedModel
 
 

@@ -45,6 +45,11 @@ def model_classes(base_type: str) -> dict[str, type[Any]]:
     return {auto: getattr(module, prefix + suffix) for auto, suffix in suffixes.items()}
 
 
+def field_names(cls: type[Any]) -> set[str]:
+    """Every name by which a field of a configuration class can be given."""
+    return {name for kind in cls.__mro__ for name in getattr(kind, "__annotations__", {})} | set(cls.attribute_map)
+
+
 def crnet_config(base: Any, **fields: Any) -> Any:
     """The CR-Net configuration with a base model's shape.
 
@@ -57,33 +62,35 @@ def crnet_config(base: Any, **fields: Any) -> Any:
     not have; CheckpointError for a folder or name that cannot be read; what the configuration itself raises for values
     that do not fit.
     """
-    config = _read(base)
-    base_type = getattr(config, "model_type", None)
+    base_type, shape = _read(base)
     ours = {stem: name for name, (stem, _) in FAMILIES.items()}
     base_type = ours.get(base_type, base_type)
     if base_type not in FAMILIES:
-        near = difflib.get_close_matches(str(base_type), FAMILIES, n=1)
+        near = difflib.get_close_matches(base_type, FAMILIES, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
         raise ConfigError(
             f"model_type={base_type!r} is not supported{hint}; supported are {', '.join(FAMILIES)}. "
             "docs/new-family.md shows how to add one."
         )
     cls = config_class(base_type)
-    known = {name for kind in cls.__mro__ for name in getattr(kind, "__annotations__", {})} | set(cls.attribute_map)
-    if unknown := sorted(fields.keys() - known):
+    known = field_names(cls)
+    given = {**shape, **fields} if isinstance(base, Mapping) else fields
+    if unknown := sorted(given.keys() - known):
         near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}{hint}")
-    shape = {name: value for name, value in config.to_dict().items() if name in known}
-    for name in ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version"):
-        shape.pop(name, None)
-    layers = fields.get("num_hidden_layers", fields.get("n_layer"))
-    if layers is not None and "layer_types" not in fields:  # the pattern of the kinds goes on, or ends earlier
-        shape.pop("layer_types", None)
-    return cls(**(shape | fields))
+    fields = {cls.attribute_map.get(name, name): value for name, value in fields.items()}
+    if cls.attribute_map.get("num_hidden_layers", "num_hidden_layers") in fields:
+        shape.pop("layer_types", None)  # the pattern of the kinds of layers goes on, or ends earlier
+    kept = {cls.attribute_map.get(name, name): value for name, value in shape.items() if name in known}
+    return cls(**(kept | fields))
 
 
-def _read(base: Any) -> Any:
+NOT_SHAPE = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version")
+
+
+def _read(base: Any) -> tuple[str, dict[str, Any]]:
+    """(model_type, fields) of a base."""
     if isinstance(base, str | Path):
         from transformers import AutoConfig
 
@@ -92,21 +99,8 @@ def _read(base: Any) -> Any:
         except (OSError, ValueError, KeyError) as error:
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CheckpointError(f"no configuration of a model in {str(base)!r}: {first}") from None
-    if isinstance(base, Mapping):
-        from transformers import AutoConfig
-
-        fields = dict(base)
-        base_type = fields.pop("model_type", None)
-        if base_type is None:
-            raise ConfigError(f"the base configuration has no model_type; give one of {', '.join(FAMILIES)}")
-        try:
-            base = AutoConfig.for_model(base_type, **fields)
-        except ValueError:
-            raise ConfigError(
-                f"model_type={base_type!r} is not supported; supported are {', '.join(FAMILIES)}. "
-                "docs/new-family.md shows how to add one."
-            ) from None
-    return base.get_text_config()
+    fields = dict(base) if isinstance(base, Mapping) else base.get_text_config().to_dict()
+    return str(fields.get("model_type")), {name: value for name, value in fields.items() if name not in NOT_SHAPE}
 
 
-__all__ = ["FAMILIES", "config_class", "crnet_config", "model_classes"]
+__all__ = ["FAMILIES", "config_class", "crnet_config", "field_names", "model_classes"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from ..crnet import LowRankLinear
+from ..crnet import LowRankExperts, LowRankLinear
 from ..errors import ConfigError
 
 
@@ -46,18 +46,20 @@ def group_names(model: nn.Module) -> dict[str, str]:
         if isinstance(module, LowRankLinear)
         for factor in (module.A, module.B)
     }
+    for module in model.modules():
+        if isinstance(module, LowRankExperts):
+            low_rank_matrices |= {id(parameter) for parameter in module.parameters()}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         embeddings.add(id(head.weight))
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
 
     def group(name: str, parameter: nn.Parameter) -> str:
         if id(parameter) in embeddings:
             return "embeddings"
         if id(parameter) in low_rank_matrices:
             return "low_rank"
-        if id(parameter) in matrices:
+        if parameter.dim() > 1:  # of linears, routers and dense experts
             return "full_rank"
         return "beta" if name.endswith(".beta") else "other"
 

@@ -206,10 +206,10 @@ _Loader.add_implicit_resolver(
 def _field_types(kind: type[_AnyRecipe], section: str) -> dict[str, Any]:
     owner: Any = _OWNERS.get((kind, section))
     if owner is None and section == "model":
-        from ..crnet import CRNetConfig
+        from ..crnet.families import FAMILIES, config_class, field_names
 
-        # Checked by the configuration itself; hints of transformers' base class cannot be resolved at run time.
-        return {f.name: Any for f in fields(CRNetConfig) if f.init}
+        # Checked by the configuration of the family; hints of transformers' base class cannot be resolved at run time.
+        return dict.fromkeys({"base"}.union(*(field_names(config_class(family)) for family in FAMILIES)), Any)
     if owner is None:
         from transformers import TrainingArguments
 

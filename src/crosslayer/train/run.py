@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..accounting import count_parameters, dense_counterpart, estimate_memory, training_flops_per_token
 from ..analysis.health import HEALTH_FILE
-from ..crnet import CRNetConfig, CRNetForCausalLM
+from ..crnet import crnet_config
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
 from ..errors import CheckpointError, ConfigError, TrainingError
 from .memory import choose_recompute, training_method, training_step
@@ -65,7 +65,7 @@ class Plan:
     data: dict[str, Any]
 
 
-def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | None" = None) -> CRNetConfig:
+def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | None" = None) -> Any:
     """The model configuration of a recipe; vocabulary and special tokens come from the tokenizer where given.
 
     Raises ConfigError for a configuration that cannot be built, and for a `vocab_size` below the tokenizer's.
@@ -90,8 +90,9 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
         settings.setdefault("eos_token_id", document_end_id(tokenizer))
         settings.setdefault("pad_token_id", padding_id(tokenizer))
         settings.setdefault("max_position_embeddings", max(recipe.data.block_size, 1024))
+    base = settings.pop("base", {"model_type": "llama"})
     try:
-        return CRNetConfig(**settings)
+        return crnet_config(base, **settings)
     except StrictDataclassError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         reason = " ".join(lines[1:]) or lines[0]
@@ -112,19 +113,19 @@ def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
     return training_arguments(TrainingArguments, {**defaults, **recipe.training}, output_dir)
 
 
-def build_model(config: CRNetConfig, seed: int) -> CRNetForCausalLM:
+def build_model(config: Any, seed: int) -> Any:
     """A freshly initialised model, the same for the same seed, that takes its loss without materialising logits."""
-    from transformers import set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
     set_seed(seed)
-    model = CRNetForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     model.fused_loss = True
     return model
 
 
 def make_plan(
     recipe: Recipe,
-    config: CRNetConfig,
+    config: Any,
     prepared: PreparedData,
     arguments: "TrainingArguments",
     recompute: str | None = None,
@@ -214,7 +215,7 @@ def pretrain(
 
 def _train(
     recipe: Recipe,
-    config: CRNetConfig,
+    config: Any,
     prepared: PreparedData,
     arguments: "TrainingArguments",
     plan: Plan,
@@ -302,10 +303,10 @@ def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:
     content = read_json(output_dir / "report.json")
     if content is None or content["steps"] < plan.steps or not (output_dir / MODEL_FOLDER / "config.json").is_file():
         return None
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     report = RunReport(**content)
-    report.model = CRNetForCausalLM.from_pretrained(output_dir / MODEL_FOLDER)
+    report.model = AutoModelForCausalLM.from_pretrained(output_dir / MODEL_FOLDER)
     report.tokenizer = AutoTokenizer.from_pretrained(output_dir / MODEL_FOLDER)
     return report
 
