@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
 
 if not _IS_COMMAND_LINE:
-    import_module("crosslayer.crnet")
+    import_module("crosslayer.crnet.registration")
     import_module("crosslayer.lor2c")
 
 __all__ = [

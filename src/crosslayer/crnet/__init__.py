@@ -1,25 +1,40 @@
-"""CR-Net: language models whose linear outputs build on the previous layer's (arXiv 2509.18993)."""
+"""CR-Net: language models whose linear outputs build on the previous layer's (arXiv 2509.18993).
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+Public names are loaded on first use, and the models registered with transformers then, so that `policies` and
+`positions`, which accounting reads, cost neither torch nor transformers.
+"""
 
-from .configuration_crnet import POSITIONS, CRNetConfig
-from .cross_layer_linear import CrossLayerLinear, LowRankLinear
-from .modeling_crnet import (
-    CRNetForCausalLM,
-    CRNetForSequenceClassification,
-    CRNetModel,
-    CRNetPreTrainedModel,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-AutoConfig.register(CRNetConfig.model_type, CRNetConfig)
-CRNetConfig.register_for_auto_class()
-for _auto_class, _model_class in (
-    (AutoModel, CRNetModel),
-    (AutoModelForCausalLM, CRNetForCausalLM),
-    (AutoModelForSequenceClassification, CRNetForSequenceClassification),
-):
-    _auto_class.register(CRNetConfig, _model_class)
-    _model_class.register_for_auto_class(_auto_class.__name__)
+_HOME_OF = {
+    "POSITIONS": "configuration_crnet",
+    "CRNetConfig": "configuration_crnet",
+    "CRNetForCausalLM": "modeling_crnet",
+    "CRNetForSequenceClassification": "modeling_crnet",
+    "CRNetModel": "modeling_crnet",
+    "CRNetPreTrainedModel": "modeling_crnet",
+    "CrossLayerLinear": "cross_layer_linear",
+    "LowRankLinear": "cross_layer_linear",
+}
+
+if TYPE_CHECKING:
+    from .configuration_crnet import POSITIONS, CRNetConfig
+    from .cross_layer_linear import CrossLayerLinear, LowRankLinear
+    from .modeling_crnet import (
+        CRNetForCausalLM,
+        CRNetForSequenceClassification,
+        CRNetModel,
+        CRNetPreTrainedModel,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".registration", __name__)
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+
 
 __all__ = [
     "POSITIONS",
