@@ -159,7 +159,7 @@ def study_methods() -> dict[str, tuple[Shape, Method]]:
         "dense, checkpointing": (dense, Method(recompute="layers")),
         "CoLA-M": (cola, Method(recompute="cola_m")),
         "CR-Net, none": (crnet, Method()),
-        "CR-Net, low_rank": (crnet, Method(recompute="low_rank")),
+        "CR-Net, invert": (crnet, Method(recompute="invert")),
         "CR-Net, replay": (crnet, Method(recompute="replay")),
         "CR-Net, reversible": (crnet, Method(recompute="reversible")),
         "CR-Net, checkpointing": (crnet, Method(recompute="layers")),
@@ -201,7 +201,7 @@ def peak_of_a_step() -> str:
         "CoLA": ("cola", Method()),
         "CR-Net, none": ("cross_layer", Method()),
         "CR-Net, replay": ("cross_layer", Method(recompute="replay")),
-        "CR-Net, low_rank": ("cross_layer", Method(recompute="low_rank")),
+        "CR-Net, invert": ("cross_layer", Method(recompute="invert")),
         "CR-Net, reversible": ("cross_layer", Method(recompute="reversible")),
     }.items():
         shape = named_shape("llama_7b", factorization)

@@ -35,8 +35,8 @@ SIZES = {
 SMOKE_SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 2},
 }
-EAGER = ["dense", "crnet", "crnet_low_rank", "crnet_reversible", "crnet_replay", "dense_checkpointing", "cola", "llama"]
-COMPILED = ["dense", "crnet", "cola", "crnet_low_rank", "crnet_reversible", "dense_checkpointing"]
+EAGER = ["dense", "crnet", "crnet_invert", "crnet_reversible", "crnet_replay", "dense_checkpointing", "cola", "llama"]
+COMPILED = ["dense", "crnet", "cola", "crnet_invert", "crnet_reversible", "dense_checkpointing"]
 """In order of importance. Where layers are not compiled (every policy but `none`), the rest of the model is."""
 DECODE = ["llama", "dense", "cola", "crnet"]
 COMPILE_SECONDS = 60  # what a compiled cell may take; it is not begun with less

@@ -40,7 +40,7 @@ from crosslayer.evaluate.speed import measure_memory, measure_training
 from result_file import ResultFile
 
 HERE = Path(__file__).parent
-POLICIES = ["crnet", "crnet_low_rank", "crnet_replay", "crnet_reversible"]
+POLICIES = ["crnet", "crnet_invert", "crnet_replay", "crnet_reversible"]
 METHODS_HERE = ["dense", "dense_checkpointing", "cola", *POLICIES]
 SMOKE = {"hidden": 64, "depths": [2, 4], "resident": [4, 8], "speed": [2, 3], "exact": 4, "sequence": 32}
 FULL = {"hidden": 512, "depths": [4, 8, 12, 16, 24, 32, 48], "resident": [4, 12, 20], "speed": [8, 24], "exact": 48}
@@ -85,7 +85,7 @@ def draw(section: dict, path: Path) -> None:
     from matplotlib.ticker import ScalarFormatter
 
     colors = {"dense": "#7f7f7f", "dense_checkpointing": "#7f7f7f", "cola": "#8c564b", "crnet": "#1f77b4"}
-    colors |= {"crnet_low_rank": "#2ca02c", "crnet_replay": "#ff7f0e", "crnet_reversible": "#d62728"}
+    colors |= {"crnet_invert": "#2ca02c", "crnet_replay": "#ff7f0e", "crnet_reversible": "#d62728"}
     colors["crnet_reversible_whole"] = "#d62728"
     figure, axes = pyplot.subplots(figsize=(7.6, 4.6), layout="constrained")
     for name, color in colors.items():
@@ -114,7 +114,7 @@ def draw(section: dict, path: Path) -> None:
 
 # resident
 
-RESIDENT = {"dense": None, "dense_checkpointing": None, "cola": None, "crnet": None, "crnet_low_rank": None}
+RESIDENT = {"dense": None, "dense_checkpointing": None, "cola": None, "crnet": None, "crnet_invert": None}
 RESIDENT |= {"crnet_replay": 4, "crnet_reversible": 4}
 """Method -> interval; a fixed one, so that what is kept grows in a straight line with depth."""
 
@@ -334,7 +334,7 @@ def bars(results: ResultFile) -> list[tuple[str, float, str, bool]]:
 
     if "saved" in results:
         rows = results["saved"]["methods"]
-        for name, bar in (("crnet", 14.5), ("crnet_low_rank", 1.8), ("crnet_reversible", 1.5)):
+        for name, bar in (("crnet", 14.5), ("crnet_invert", 1.8), ("crnet_reversible", 1.5)):
             if "growth_h_4_to_16" in rows[name]:
                 at_most(f"kept per layer, 4 to 16: {rows[name]['label']}, h", rows[name]["growth_h_4_to_16"], bar)
         at_most("kept per layer: reversible, no state in between, h", rows["crnet_reversible_whole"]["growth_h"], 0.0)
@@ -345,11 +345,11 @@ def bars(results: ResultFile) -> list[tuple[str, float, str, bool]]:
         by_depth = results[section]["dtypes"]["float32"] if section in results else {}
         for layers, rows in by_depth.items():
             where = f"{layers} layers" + {"kept_heap": ", kept heap", "policies": ", alone"}.get(section, "")
-            for name, bar in (("crnet_low_rank", 1.08), ("crnet_replay", 1.10), ("crnet_reversible", 1.25)):
+            for name, bar in (("crnet_invert", 1.08), ("crnet_replay", 1.10), ("crnet_reversible", 1.25)):
                 at_most(f"step over none, {where}, {METHODS[name].label}", rows[name]["step_over_none"], bar)
             if section == "policies":
                 continue
-            for name, to_checkpointed, to_dense in (("crnet_low_rank", 1.9, 1.5), ("crnet_reversible", 1.7, 1.4)):
+            for name, to_checkpointed, to_dense in (("crnet_invert", 1.9, 1.5), ("crnet_reversible", 1.7, 1.4)):
                 row, label = rows[name], f"{where}, {METHODS[name].label}"
                 at_least(
                     f"speed over dense + checkpointing, {label}", row["speed_over_dense_checkpointing"], to_checkpointed
@@ -357,14 +357,14 @@ def bars(results: ResultFile) -> list[tuple[str, float, str, bool]]:
                 at_least(f"speed over dense, {label}", row["speed_over_dense"], to_dense)
     if "peak" in results:
         for layers, rows in results["peak"]["layers"].items():
-            for name in ("crnet_low_rank", "crnet_reversible"):
+            for name in ("crnet_invert", "crnet_reversible"):
                 ratio = rows[name]["total"] / rows["dense_checkpointing"]["total"]
                 at_most(f"peak memory over dense + checkpointing, {layers} layers, {METHODS[name].label}", ratio, 1.0)
     if "bf16" in results:
         for dtype, by_depth in results["bf16"]["dtypes"].items():
             for layers, rows in by_depth.items():
-                what = f"speed over dense, {dtype}, {layers} layers, CR-Net, low_rank"
-                at_least(what, rows["crnet_low_rank"]["speed_over_dense"], 1.0)
+                what = f"speed over dense, {dtype}, {layers} layers, CR-Net, invert"
+                at_least(what, rows["crnet_invert"]["speed_over_dense"], 1.0)
     if "interval" in results:
         for dtype, by_depth in results["interval"]["kept_h_per_token"].items():
             interval = results["interval"]["largest_interval"][dtype]

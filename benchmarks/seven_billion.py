@@ -51,7 +51,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "crnet_reversible": {"recompute": "reversible"},
     "crnet_reversible_16": {"recompute": "reversible", "recompute_interval": 16},
     "crnet_reversible_whole": {"recompute": "reversible", "recompute_interval": LAYERS},
-    "crnet_low_rank": {"recompute": "low_rank"},
+    "crnet_invert": {"recompute": "invert"},
     "cola": {"factorization": "cola"},
     "cola_checkpointing": {"factorization": "cola", "checkpointing": True},
     "dense": {"factorization": "dense"},

@@ -71,9 +71,3 @@ def libraries_speak():
     yield
     if name in sys.modules:
         sys.modules[name].set_verbosity(before)
-
-
-@pytest.fixture
-def fused_kernels(monkeypatch):
-    """Attention as on an accelerator, by torch's own kernels; float32 on a CPU has a pass of its own."""
-    monkeypatch.setattr("crosslayer.crnet.hand_written_parts.OnePassAttention.fits", lambda *_: False)

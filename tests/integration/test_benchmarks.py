@@ -54,6 +54,15 @@ def test_results_are_resumed_and_whole(script, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["r.json"]
 
 
+def test_results_of_0_1_are_read_by_present_names(script):
+    """`invert` was called `low_rank`; the file itself stays as it is."""
+    path = BENCHMARKS / "results" / "memory_cpu.json"
+    results = script("result_file").ResultFile(path, "what")
+    assert results["saved"]["methods"]["crnet_invert"]["label"] == "CR-Net, invert"
+    assert len(script("memory").bars(results)) == len(json.loads(path.read_text())["bars"])
+    assert results.content["sections"] == json.loads(path.read_text())["sections"]
+
+
 # throughput
 
 
@@ -107,7 +116,7 @@ def test_resident_memory_agrees_with_the_count(script, monkeypatch):
 def test_bars_can_fail(script):
     memory = script("memory")
     speed = {"step_over_none": 1.0, "speed_over_dense": 2.0, "speed_over_dense_checkpointing": 2.0}
-    names = ("crnet_low_rank", "crnet_replay", "crnet_reversible")
+    names = ("crnet_invert", "crnet_replay", "crnet_reversible")
 
     def bars(**changed):
         return memory.bars({"speed": {"dtypes": {"float32": {"8": dict.fromkeys(names, speed | changed)}}}})

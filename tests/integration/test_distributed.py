@@ -65,7 +65,7 @@ WRAPPERS = {
     "fsdp_bf16_all": in_bf16_all_sharded,
     "ddp": DistributedDataParallel,
     "ddp_cola": DistributedDataParallel,
-    "fsdp_low_rank": with_policy(shard, "low_rank"),
+    "fsdp_invert": with_policy(shard, "invert"),
     "fsdp_replay": with_policy(shard, "replay", 3),
     "fsdp_reversible": with_policy(shard, "reversible"),
     "fsdp_mixed_replay": with_policy(
@@ -74,7 +74,7 @@ WRAPPERS = {
     "fsdp_mixed_reversible": with_policy(
         lambda model: shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), "reversible"
     ),
-    "ddp_low_rank": with_policy(DistributedDataParallel, "low_rank"),
+    "ddp_invert": with_policy(DistributedDataParallel, "invert"),
     "ddp_reversible": with_policy(DistributedDataParallel, "reversible"),
 }
 

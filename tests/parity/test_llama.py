@@ -119,6 +119,8 @@ CROSS_LAYER_CASES = ["mha", "gqa", "bias", "tied", "head_dim"]
 def full_rank_twin(llama, beta_epsilon):
     """A cross-layer model that computes what `llama` computes: b = eps, and A B = W at full-size rank.
 
+    Such a rank saves nothing, and is taken in configurations of 0.1 only.
+
     The rank is min(in, out): A = W and B = 1 where the output is the narrower side, else A = 1 and B = W.
     """
     fields = {name: value for name, value in llama.config.to_dict().items() if name != "model_type"}
@@ -129,6 +131,7 @@ def full_rank_twin(llama, beta_epsilon):
         rank_pattern={position: min(sizes.linear_shape(position)) for position in positions},
         beta_init=0.0,
         beta_epsilon=beta_epsilon,
+        crosslayer_format=1,
     )
     ours = CRNetForCausalLM._from_config(config, attn_implementation=llama.config._attn_implementation)
     state = llama.state_dict()
@@ -207,7 +210,7 @@ def test_one_cross_layer_layer_is_llama(case):
 def test_low_rank_at_full_size_is_llama():
     """The other factorization that contains Llama: B A = W in every layer."""
     llama = llama_of({"num_hidden_layers": 1})
-    ours = model_of("low_rank", num_hidden_layers=1, rank=48)
+    ours = model_of("low_rank", num_hidden_layers=1, rank=48, crosslayer_format=1)
     state = llama.state_dict()
     for name in [name for name in ours.state_dict() if name.endswith(".A.weight")]:
         weight = state.pop(name.replace(".A.weight", ".weight"))

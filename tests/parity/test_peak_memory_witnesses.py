@@ -59,7 +59,7 @@ def test_peak_equals_memtrackers(name):
 
 def test_can_fail():
     """A forward that keeps one tensor more than it needs."""
-    model, ids, optimizer, _ = case("crnet_low_rank")
+    model, ids, optimizer, _ = case("crnet_invert")
     expected = measure_peak_memory(model, ids, optimizer)
     hoard = []
     model.model.norm.register_forward_hook(lambda module, inputs, output: hoard.append(output.detach() + 1))

@@ -13,8 +13,6 @@ from crosslayer.crnet import CRNetForCausalLM
 from model_cases import config_of
 from peer_models import Residual, llama, sltrain_model
 
-pytestmark = pytest.mark.usefixtures("fused_kernels")
-
 WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 5, "rank": 16}
 ROWS, TOKENS = 2, 32
 
@@ -45,7 +43,7 @@ def test_on_autograd(factorization, checkpointing, attention, heads):
 
 
 @pytest.mark.parametrize("interval", [None, 2, 3])
-@pytest.mark.parametrize("policy", ["none", "low_rank", "replay", "reversible"])
+@pytest.mark.parametrize("policy", ["none", "invert", "replay", "reversible"])
 def test_with_every_memory_policy(policy, interval):
     if policy == "none" and interval:
         pytest.skip("has no interval")
@@ -69,7 +67,7 @@ def test_as_torch_counts_without_our_help():
 def test_the_check_can_fail():
     model = trained()
     assert counted(model) != count_operations(model.config, TOKENS + 1).matrix_products
-    assert counted(model) != count_operations(model.config, TOKENS, Method(recompute="low_rank")).matrix_products
+    assert counted(model) != count_operations(model.config, TOKENS, Method(recompute="invert")).matrix_products
 
 
 @pytest.mark.parametrize("positions", [("q", "v"), ("o",), ("gate", "down"), POSITIONS])

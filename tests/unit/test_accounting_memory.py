@@ -29,12 +29,10 @@ from model_cases import config_of
 from peak_memory import allocated_peak, make_step, tracked_peak
 from peer_models import Residual, llama, sltrain_model
 
-pytestmark = pytest.mark.usefixtures("fused_kernels")
-
 WIDE = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4, "num_hidden_layers": 6, "rank": 16}
 OTHERS = {
     "vocabulary": {"vocab_size": 1500, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "rank": 24},
-    "gqa": {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 240},
+    "gqa": {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 240, "rank": 12},
     "linear gate": {"hidden_act": "linear"},
 }
 ROWS, TOKENS = 8, 128
@@ -42,7 +40,7 @@ ROWS, TOKENS = 8, 128
 AUTOGRAD = [(name, checkpointing) for name in ("dense", "cola", "low_rank") for checkpointing in (False, True)]
 POLICIES = [
     ("none", None),
-    ("low_rank", None),
+    ("invert", None),
     ("replay", None),
     ("replay", 2),
     ("reversible", None),
@@ -165,17 +163,9 @@ def test_peak_with_a_policy(policy, interval, precision):
     assert_peak(model, step_of(precision), method)
 
 
-@pytest.mark.parametrize("policy", ["low_rank", "reversible"])
-def test_one_pass_stays_below_the_estimate(policy, monkeypatch):
-    monkeypatch.undo()
-    model, method = built(recompute=policy)
-    estimate = peak_without_weights(Shape.of(model.config), step_of(), method)
-    assert 0.8 * estimate < allocated_peak(make_step(model, ids_of(model))) < estimate
-
-
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("fields", [{"factorization": "dense"}, {"recompute": "low_rank"}, {"recompute": "replay"}])
+@pytest.mark.parametrize("fields", [{"factorization": "dense"}, {"recompute": "invert"}, {"recompute": "replay"}])
 def test_peak_in_other_shapes(fields, other, fused):
     model, method = built(**OTHERS[other], **fields)
     assert_peak(model, step_of(fused_loss=fused), method)
@@ -199,7 +189,7 @@ def test_parts_are_those_of_mem_tracker(fields, checkpointing):
 
 def test_the_whole_step_of_a_policy():
     """Weights, gradients and states beside the rest: parts by MemTracker, the sum by the allocator."""
-    model, method = built(recompute="low_rank")
+    model, method = built(recompute="invert")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     run = make_step(model, ids_of(model), optimizer)
     expected = estimate_memory(model.config, step_of(fused_loss=False), method)
@@ -211,7 +201,7 @@ def test_the_whole_step_of_a_policy():
 
 
 def test_the_checks_can_fail():
-    model, _ = built(recompute="low_rank")
+    model, _ = built(recompute="invert")
     with pytest.raises(AssertionError):
         assert_saved(model, Shape.of(model.config), step_of(), Method())
     with pytest.raises(AssertionError):

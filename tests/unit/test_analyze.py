@@ -30,7 +30,7 @@ def root(tmp_path_factory):
 def crnet_run(root):
     """A finished CR-Net run that inverts its states, logged every second step."""
     recipe = tiny_recipe(root, max_steps=6, save_steps=2)
-    recipe.model.update(recompute="low_rank", recompute_interval=1)
+    recipe.model.update(recompute="invert", recompute_interval=1)
     pretrain(recipe, root / "crnet")
     return root / "crnet"
 

@@ -131,12 +131,18 @@ def test_matrix_operations_of_llama():
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
 def test_measure_training(dtype):
-    contenders = Contenders(SHAPE, ["dense", "llama", "crnet_low_rank", "crnet_replay"], dtype=dtype)
+    contenders = Contenders(SHAPE, ["dense", "llama", "crnet_invert", "crnet_replay"], dtype=dtype)
     rows = measure_training(contenders, contenders.tokens(1, 9), turns=2, warm_up=0)
     assert list(rows) == contenders.methods
     assert rows["llama"]["speed_over_llama"] == 1.0
     assert all(row["tokens_per_s"] > 0 for row in rows.values())
-    assert rows["crnet_low_rank"]["matrix_operations"] == rows["crnet_replay"]["matrix_operations"]
+    assert rows["crnet_invert"]["matrix_operations"] == rows["crnet_replay"]["matrix_operations"]
+
+
+def test_the_name_that_invert_had():
+    with pytest.warns(FutureWarning, match="recompute='low_rank' is called 'invert' now"):
+        contenders = Contenders(SHAPE, ["crnet_low_rank", "crnet_invert"])
+    assert contenders.methods == ["crnet_invert"]
 
 
 def test_measure_training_in_own_processes(monkeypatch):
@@ -180,9 +186,9 @@ def test_generation_is_transformers_own(monkeypatch):
 
 
 def test_measure_generation():
-    contenders = Contenders(SHAPE, ["llama", "dense_checkpointing", "crnet_low_rank", "crnet_replay"])
+    contenders = Contenders(SHAPE, ["llama", "dense_checkpointing", "crnet_invert", "crnet_replay"])
     rows = measure_generation(contenders, batch=2, prompt=5, new_tokens=3, turns=2, warm_up=0)
-    assert list(rows) == ["llama", "dense_checkpointing", "crnet_low_rank"]  # one for each model
+    assert list(rows) == ["llama", "dense_checkpointing", "crnet_invert"]  # one for each model
     assert rows["llama"]["decode"]["speed_over_llama"] == 1.0
     weights = sum(p.numel() for p in contenders.model("llama").parameters()) - 101 * 48
     assert rows["llama"]["weight_bytes"] == 4 * weights
@@ -240,14 +246,14 @@ def test_bench_memory_in_words(run):
 @pytest.mark.parametrize("extra", [(), ("--json",)])
 def test_bench_speed(run, extra):
     short = ("--num-hidden-layers", 2, "--turns", 1, "--warm-up", 0, "--prompt", 4, "--new-tokens", 2)
-    result = run("speed", *TINY, *short, "--methods", "cola,crnet_low_rank", *extra)
+    result = run("speed", *TINY, *short, "--methods", "cola,crnet_invert", *extra)
     assert result.code == 0, result.err
     if not extra:
         assert "decode tokens/s" in result.out
         return
     content = json.loads(result.out)
     for part in ("training", "memory", "generation"):
-        assert list(content[part]) == ["llama", "cola", "crnet_low_rank"]
+        assert list(content[part]) == ["llama", "cola", "crnet_invert"]
     assert content["shape"]["sequence"] == 8
     assert content["device"] == "cpu"
 

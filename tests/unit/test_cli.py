@@ -166,7 +166,7 @@ def test_generate_without_a_prompt(run, checkpoint):
     ("arguments", "parts"),
     [
         (("--hiden_size", "8"), ("hiden_size", "hidden_size")),
-        (("--rank", "1000"), ("rank=1000", "layers.1.q_proj")),
+        (("--rank", "1000"), ("rank=1000", "layers.1.q (32 x 32)")),
         (("--rank", "0"), ("rank=0",)),
         (("--num_attention_heads", "3"), ("32", "3")),
         (("--data", "no/such/file.txt"), ("no/such/file.txt",)),

@@ -23,6 +23,7 @@ def test_defaults():
         "rank_pattern": {},
         "first_layer_rank": None,
         "factorization": "cross_layer",
+        "carries": {},
         "increment_activation": None,
         "beta_init": 1.0,
         "beta_epsilon": 1e-6,
@@ -31,6 +32,7 @@ def test_defaults():
         "recompute_interval": None,
         "recompute_error_bound": 1e-5,
         "recompute_drift_bound": None,
+        "crosslayer_format": 2,
     }
     fields = config.to_dict()
     assert {name: fields[name] for name in ours} == ours
@@ -49,9 +51,12 @@ def test_default_rank_is_a_quarter_of_the_width():
     config = CRNetConfig(**SHAPE)
     assert {config.linear_rank(1, position) for position in POSITIONS} == {12}
     assert [config.linear_rank(0, position) for position in POSITIONS] == [None] * 7
-    # and never more than the narrower side of a position
+    # and never more than half of what would save nothing: 48 * 6 / (48 + 6) = 5.3
     narrow = CRNetConfig(**(SHAPE | {"head_dim": 2}))
-    assert [narrow.linear_rank(1, position) for position in POSITIONS] == [6, 6, 6, 6, 12, 12, 12]
+    assert [narrow.linear_rank(1, position) for position in POSITIONS] == [2, 2, 2, 2, 12, 12, 12]
+    # A configuration of 0.1 keeps the rank that its weights have.
+    old = CRNetConfig.from_dict({**SHAPE, "head_dim": 2, "rank": None})
+    assert [old.linear_rank(1, position) for position in POSITIONS] == [6, 6, 6, 6, 12, 12, 12]
 
 
 @pytest.mark.parametrize(("factorization", "first"), [("low_rank", 12), ("cola", 12), ("dense", None)])
@@ -108,18 +113,19 @@ def test_first_layer_rank():
     [
         (
             {"rank": 49},
-            "rank=49 of layers.1.q_proj is outside 1..48, the smaller of its two widths (48, 48); change "
-            "`rank`, `rank_pattern` or `first_layer_rank`.",
+            "rank=49 of layers.1.q (48 x 48) saves nothing: its factors have fewer parameters than the matrix up to "
+            "rank 23; change `rank`, `rank_pattern` or `first_layer_rank`.",
         ),
-        ({"rank": 0}, "rank=0 of layers.1.q_proj is outside 1..48"),
-        ({"rank": -3}, "rank=-3 of layers.1.q_proj is outside 1..48"),
+        ({"rank": 0}, "rank=0 of layers.1.q (48 x 48) is outside 1..23"),
+        ({"rank": -3}, "rank=-3 of layers.1.q (48 x 48) is outside 1..23"),
         (
             {"rank": 20, "num_attention_heads": 6, "num_key_value_heads": 2},
-            "rank=20 of layers.1.k_proj is outside 1..16, the smaller of its two widths (48, 16)",
+            "rank=20 of layers.1.k (48 x 16) saves nothing: its factors have fewer parameters than the matrix up to rank "
+            "11",
         ),
-        ({"rank_pattern": {r"layers\.2\.down": 64}}, "rank=64 of layers.2.down_proj is outside 1..48"),
-        ({"first_layer_rank": 0}, "rank=0 of layers.0.q_proj is outside 1..48"),
-        ({"factorization": "cola", "rank": 49}, "rank=49 of layers.0.q_proj is outside 1..48"),
+        ({"rank_pattern": {r"layers\.2\.down": 64}}, "rank=64 of layers.2.down (130 x 48) saves nothing"),
+        ({"first_layer_rank": 0}, "rank=0 of layers.0.q (48 x 48) is outside 1..23"),
+        ({"factorization": "cola", "rank": 49}, "rank=49 of layers.0.q (48 x 48) saves nothing"),
         ({"rank": 7.5}, "'rank'"),
         ({"rank": "7"}, "'rank'"),
         ({"rank": True}, "'rank'"),
@@ -144,7 +150,7 @@ def test_first_layer_rank():
             "num_attention_heads=4 is not a multiple of num_key_value_heads=3; choose key-value heads that "
             "divide the heads.",
         ),
-        ({"num_key_value_heads": 0}, "num_attention_heads=3 is not a multiple of num_key_value_heads=0"),
+        ({"num_key_value_heads": 0}, "layers.1.k (48 x 0)"),
         ({"num_key_value_heads": -3}, "num_attention_heads=3 is not a multiple of num_key_value_heads=-3"),
         (
             {"factorization": "svd"},
@@ -163,16 +169,25 @@ def test_first_layer_rank():
         ({"beta_init": "1"}, "'beta_init'"),
         (
             {"recompute": "sometimes"},
-            "Field 'recompute' expected one of ('none', 'low_rank', 'replay', 'reversible')",
+            "recompute='sometimes' does not exist; allowed: none, invert, replay, reversible.",
         ),
         (
-            {"recompute": "replay", "factorization": "cola"},
-            "recompute='replay' belongs to factorization='cross_layer'; 'cola' carries nothing to rebuild. Remove it; "
-            "activation_checkpointing=True checkpoints whole layers there.",
+            {"recompute": "reversible", "factorization": "cola"},
+            "recompute='reversible' belongs to factorization='cross_layer'; with 'cola' it would keep as much as "
+            "'invert'. Choose one of none, invert, replay.",
+        ),
+        (
+            {"recompute": "replay", "factorization": "dense"},
+            "recompute='replay' needs low-rank linears to rebuild states from; factorization='dense' has none. Remove "
+            "it; activation_checkpointing=True checkpoints whole layers there.",
+        ),
+        (
+            {"carries": {"experts": False}},
+            "carries names positions ['experts'] that the model has not; it has down, gate, k, o, q, up, v.",
         ),
         ({"recompute_interval": 4}, "recompute_interval=4 needs a policy that rebuilds states: choose recompute="),
         ({"recompute": "replay", "recompute_interval": 0}, "recompute_interval=0 is outside 1..3, the number of"),
-        ({"recompute": "low_rank", "recompute_interval": 4}, "recompute_interval=4 is outside 1..3, the number of"),
+        ({"recompute": "invert", "recompute_interval": 4}, "recompute_interval=4 is outside 1..3, the number of"),
         ({"recompute_error_bound": 0.0}, "recompute_error_bound=0.0 must be above 0."),
         ({"recompute_drift_bound": -1.0}, "recompute_drift_bound=-1.0 must be above 0."),
     ],
@@ -182,10 +197,16 @@ def test_refusals(fields, message):
 
 
 def test_memory_policies():
-    for policy in ("none", "low_rank", "replay", "reversible"):
+    for policy in ("none", "invert", "replay", "reversible"):
         assert config_of("cross_layer", recompute=policy).recompute == policy
     config = config_of("cross_layer", recompute="reversible", recompute_interval=3, recompute_error_bound=1e-4)
     assert (config.recompute_interval, config.recompute_error_bound) == (3, 1e-4)
+
+
+def test_the_policy_that_was_called_low_rank():
+    with pytest.warns(FutureWarning, match="recompute='low_rank' is called 'invert' now"):
+        config = config_of("cross_layer", recompute="low_rank")
+    assert config.recompute == "invert"
 
 
 def test_dense_ignores_ranks():
@@ -222,7 +243,7 @@ def test_json_holds_every_field_of_our_own(tmp_path):
 def test_changes_are_checked_before_saving(tmp_path):
     config = config_of("cross_layer")
     config.rank = 49
-    with pytest.raises(StrictDataclassError, match=r"rank=49 of layers\.1\.q_proj"):
+    with pytest.raises(StrictDataclassError, match=r"rank=49 of layers\.1\.q "):
         config.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
 

@@ -289,7 +289,7 @@ def test_quantised_base():
     assert all(parameter.grad.abs().max() > 0 for parameter in blocks.parameters_in_use())
 
 
-@pytest.mark.parametrize("recompute", ["none", "low_rank", "replay", "reversible"])
+@pytest.mark.parametrize("recompute", ["none", "invert", "replay", "reversible"])
 def test_crnet_with_its_memory_policies(recompute):
     """The tape notices what LoR2C adds between and within its layers: gradients are those of plain autograd."""
     gradients = []

@@ -42,7 +42,7 @@ def test_parts_are_exact_and_add_up(name, dtype):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["crnet_low_rank", "crnet_replay", "crnet_reversible"])
+@pytest.mark.parametrize("name", ["crnet_invert", "crnet_replay", "crnet_reversible"])
 def test_activations_are_what_the_policy_keeps(name):
     """Against `none`, by the count of saved activations. Many words: the peak is at the loss."""
 
@@ -59,7 +59,7 @@ def test_activations_are_what_the_policy_keeps(name):
 
 
 def test_what_the_forward_drops_is_temporary():
-    model, ids = case("crnet_low_rank")
+    model, ids = case("crnet_invert")
     before = measure_peak_memory(model, ids).phases["forward"]
     model.model.norm.register_forward_hook(lambda module, inputs, output: output + torch.zeros(10**6).sum())
     after = measure_peak_memory(model, ids).phases["forward"]
@@ -68,7 +68,7 @@ def test_what_the_forward_drops_is_temporary():
 
 
 def test_what_the_forward_leaves_is_an_activation():
-    model, ids = case("crnet_low_rank")
+    model, ids = case("crnet_invert")
     before = measure_peak_memory(model, ids).phases["backward"]
     hoard = []
     model.model.norm.register_forward_hook(lambda *_: hoard.append(torch.zeros(10**6)))
@@ -86,7 +86,7 @@ def test_without_an_optimizer_nothing_is_trained():
 
 
 def test_frozen_parameters_have_no_gradient():
-    model, ids = case("crnet_low_rank")
+    model, ids = case("crnet_invert")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("B.weight"))
     found = measure_peak_memory(model, ids)
@@ -96,7 +96,7 @@ def test_frozen_parameters_have_no_gradient():
 
 
 def test_released_gradients_are_not_all_there():
-    model, ids = case("crnet_low_rank")
+    model, ids = case("crnet_invert")
 
     def release(parameter):
         parameter.grad = None
@@ -115,7 +115,7 @@ def test_sgd_has_no_states():
 
 
 def test_under_autocast():
-    model, ids = case("crnet_low_rank")
+    model, ids = case("crnet_invert")
     full = measure_peak_memory(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = measure_peak_memory(model, ids)

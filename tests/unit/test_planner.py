@@ -31,8 +31,6 @@ from crosslayer.train.run import build_arguments, build_model_config
 from model_cases import config_of
 from peak_memory import allocated_peak, make_step
 
-pytestmark = pytest.mark.usefixtures("fused_kernels")
-
 ISSUE = {"gpu_memory": 80e9, "gpus": 8, "sequence": 4096, "tokens_per_step": 1e6, "device": "h100"}
 TINY = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4, "num_hidden_layers": 8, "rank": 16}
 CPU = Device("a small CPU", 1e9, 1e9, 1e9)
@@ -46,7 +44,7 @@ def test_the_recommendation_is_the_fastest_that_fits():
     assert all(not s.fits or s.tokens_per_s <= best.tokens_per_s for s in plan.settings)
     same = [s.micro_batch for s in plan.settings if s.fits and s.label == best.label]
     assert best.micro_batch == max(same)
-    assert {s.policy for s in plan.settings} == {"none", "replay", "low_rank", "reversible"}
+    assert {s.policy for s in plan.settings} == {"none", "replay", "invert", "reversible"}
 
 
 def test_figures_add_up():
@@ -85,7 +83,7 @@ def test_smaller_memory_chooses_less_to_keep():
     for memory in (141e9, 80e9, 70e9):
         best = make_plan("llama_7b", **{**ISSUE, "gpu_memory": memory}, sharding="ddp").recommended.setting
         peaks[memory] = (best.tokens_per_s, best.policy)
-    assert [policy for _, policy in peaks.values()] == ["none", "replay", "low_rank"]
+    assert [policy for _, policy in peaks.values()] == ["none", "replay", "invert"]
     speeds = [speed for speed, _ in peaks.values()]
     assert speeds == sorted(speeds, reverse=True)
 
@@ -136,7 +134,7 @@ def test_what_is_recommended_fits_when_it_runs(share):
 
 
 def test_order_of_policies_is_that_of_what_runs():
-    """By torch's counter: none < replay <= low_rank < reversible, as planned."""
+    """By torch's counter: none < replay <= invert < reversible, as planned."""
     config = config_of("cross_layer", **TINY)
     request, shape, _ = settings_of(config, 1e9)
     planned, ran = {}, {}
@@ -148,7 +146,7 @@ def test_order_of_policies_is_that_of_what_runs():
             make_step(model, torch.randint(3, 101, (2, 64)))()
         ran[method.recompute] = counter.get_total_flops()
     assert sorted(planned, key=planned.get, reverse=True) == sorted(ran, key=ran.get)
-    assert list(planned) == ["none", "replay", "low_rank", "reversible"]
+    assert list(planned) == ["none", "replay", "invert", "reversible"]
 
 
 def test_recipe_lines_build(tmp_path):
@@ -175,6 +173,15 @@ def test_every_method_has_a_plan():
     for method in METHODS:
         plan = make_plan("llama_130m", method, beside=())
         assert plan.recommended.setting.fits, method
+
+
+def test_the_name_that_invert_had():
+    with pytest.warns(FutureWarning, match="recompute='low_rank' is called 'invert' now"):
+        plan = make_plan("llama_60m", "crnet_low_rank", beside=())
+    assert {setting.policy for setting in plan.settings} == {"invert"}
+    with pytest.warns(FutureWarning, match="'invert'"):
+        assert Method(recompute="low_rank") == Method(recompute="invert")
+    assert make_plan("llama_60m", "low_rank", beside=()).recommended.recipe["model"]["factorization"] == "low_rank"
 
 
 @pytest.mark.parametrize(

@@ -175,8 +175,8 @@ def test_training_arguments_are_checked(tmp_path, training, message):
     ("model", "message"),
     [
         ({"hidden_size": 30, "num_attention_heads": 4}, "not a multiple"),
-        ({"rank": 0}, "rank=0 of layers.1.q_proj"),
-        ({"rank": 99999}, "rank=99999 of layers.1.q_proj is outside"),
+        ({"rank": 0}, "rank=0 of layers.1.q "),
+        ({"rank": 99999}, "rank=99999 of layers.1.q .* saves nothing"),
         ({"vocab_size": 100}, None),
     ],
 )

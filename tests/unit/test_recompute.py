@@ -20,7 +20,7 @@ from crosslayer.crnet.configuration_crnet import POSITIONS
 from model_cases import PAD, gradients, model_of, tokens
 from tolerances import assert_all_close, assert_close
 
-POLICIES = ["none", "low_rank", "replay", "reversible"]
+POLICIES = ["none", "invert", "replay", "reversible"]
 REBUILDING = POLICIES[1:]
 
 
@@ -371,7 +371,7 @@ def test_other_factorizations_have_no_tape(tapes):
 
 
 @pytest.mark.parametrize("configured", POLICIES)
-def test_activation_checkpointing_selects_low_rank(configured, tapes):
+def test_activation_checkpointing_selects_invert(configured, tapes):
     """Unless the config names another policy; and the config stays as it was."""
     model = training_model()
     expected = step(model)[1]
@@ -381,7 +381,7 @@ def test_activation_checkpointing_selects_low_rank(configured, tapes):
     assert model.config.recompute == configured
     model.zero_grad()
     model(tokens(), labels=tokens()).loss.backward()
-    assert tapes[-1].policy.name == ("low_rank" if configured == "none" else configured)
+    assert tapes[-1].policy.name == ("invert" if configured == "none" else configured)
     assert_all_close(gradients(model), expected)
     model.activation_checkpointing_disable()
     model(tokens(), labels=tokens(), use_cache=False)
@@ -394,7 +394,7 @@ def test_activation_checkpointing_by_its_old_name(tapes):
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable({"use_reentrant": True})
     model(tokens(), labels=tokens()).loss.backward()
-    assert tapes[-1].policy.name == "low_rank"
+    assert tapes[-1].policy.name == "invert"
     model.set_recompute("none")  # the explicit word wins
     model(tokens(), labels=tokens(), use_cache=False)
     assert tapes[-1].policy.name == "none"
@@ -403,13 +403,13 @@ def test_activation_checkpointing_by_its_old_name(tapes):
 def test_set_recompute_refuses_and_keeps_what_was():
     model = training_model()
     model.set_recompute("reversible", 2)
-    with pytest.raises(ValueError, match="'sometimes' does not exist; allowed: none, low_rank, replay, reversible"):
+    with pytest.raises(ValueError, match="'sometimes' does not exist; allowed: none, invert, replay, reversible"):
         model.set_recompute("sometimes")
     with pytest.raises(ValueError, match=r"recompute_interval=5 is outside 1\.\.4"):
         model.set_recompute("replay", 5)
     assert (model.config.recompute, model.config.recompute_interval) == ("reversible", 2)
-    with pytest.raises(ValueError, match="belongs to factorization='cross_layer'; 'cola' carries nothing"):
-        model_of("cola").set_recompute("replay")
+    with pytest.raises(ValueError, match="belongs to factorization='cross_layer'; with 'cola'"):
+        model_of("cola").set_recompute("reversible")
 
 
 def test_the_policy_is_saved_and_loaded(tmp_path, tapes):
@@ -421,7 +421,7 @@ def test_the_policy_is_saved_and_loaded(tmp_path, tapes):
     assert (tapes[-1].policy.name, tapes[-1].interval) == ("reversible", 3)
 
 
-def test_training_arguments_select_low_rank(tmp_path, tapes):
+def test_training_arguments_select_invert(tmp_path, tapes):
     """The plain Trainer, with the cache left as the config has it."""
     model = training_model()
     arguments = TrainingArguments(
@@ -429,7 +429,7 @@ def test_training_arguments_select_low_rank(tmp_path, tapes):
     )
     data = [{"input_ids": ids, "labels": ids} for ids in tokens(rows=8)]
     Trainer(model=model, args=arguments, train_dataset=data).train()
-    assert {tape.policy.name for tape in tapes} == {"low_rank"}
+    assert {tape.policy.name for tape in tapes} == {"invert"}
     assert model.recompute_drift is not None
 
 
@@ -534,7 +534,7 @@ def logged():
         logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize("policy", ["low_rank", "reversible"])
+@pytest.mark.parametrize("policy", ["invert", "reversible"])
 def test_small_b_keeps_the_state_instead(policy, logged, tapes):
     model = training_model(layers=6)
     with torch.no_grad():
@@ -555,7 +555,7 @@ def test_states_are_kept_by_the_product_of_b(tapes):
         for name, parameter in model.named_parameters():
             if name.endswith("beta"):
                 parameter.fill_(0.5)
-    model.set_recompute("low_rank")
+    model.set_recompute("invert")
     # sum of 2^j for j = 1..n stays below bound / 2^-24 up to n = 23, 6, 3: that many inversions between kept states
     for bound, kept in ((2.0, []), (1e-5, [6, 13, 20]), (1e-6, [3, 7, 11, 15, 19])):
         model.config.recompute_error_bound = bound
@@ -565,12 +565,12 @@ def test_states_are_kept_by_the_product_of_b(tapes):
 
 def test_drift_is_measured_and_bounded(logged, tapes):
     model = training_model(layers=8)
-    step(model, "low_rank")
+    step(model, "invert")
     assert 0 < model.recompute_drift < 1e-4
     assert not logged
     model.config.recompute_drift_bound = 1e-9
-    step(model, "low_rank")
-    assert tapes[-1].policy.name == "low_rank"
+    step(model, "invert")
+    assert tapes[-1].policy.name == "invert"
     model(tokens(), labels=tokens(), use_cache=False).loss.backward()
     assert tapes[-1].policy.name == "replay"
     assert len(logged) == 1
@@ -578,9 +578,9 @@ def test_drift_is_measured_and_bounded(logged, tapes):
     model(tokens(), labels=tokens(), use_cache=False).loss.backward()
     assert model.recompute_drift is None
     assert len(logged) == 1
-    model.set_recompute("low_rank")
+    model.set_recompute("invert")
     model(tokens(), use_cache=False)
-    assert tapes[-1].policy.name == "low_rank"
+    assert tapes[-1].policy.name == "invert"
 
 
 def test_wrong_states_are_noticed(monkeypatch, logged):
@@ -635,7 +635,7 @@ def find_tape(loss):
 def test_flop_counter_sees_every_product():
     """Of `none` as many as of plain autograd; rebuilding adds one product T B per CR-Net layer and position.
 
-    An attention by hand counts with its products, two forwards and six backwards; torch's kernel has no count.
+    torch's attention kernel for the CPU has no count.
     """
     model = training_model()
 
@@ -656,8 +656,5 @@ def test_flop_counter_sees_every_product():
         for position in POSITIONS:
             rank = config.linear_rank(layer_idx, position)
             rebuilt += 2 * tokens().numel() * rank * config.linear_shape(position)[1]
-    rows, length = tokens().shape
-    attention = (2 + 6) * 2 * rows * length**2 * config.num_attention_heads * config.head_dim
-    expected = count(None) + config.num_hidden_layers * attention
-    assert count("none") == expected
-    assert count("low_rank") == expected + rebuilt
+    assert count("none") == count(None)
+    assert count("invert") == count(None) + rebuilt

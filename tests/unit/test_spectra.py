@@ -377,3 +377,15 @@ def test_comparison_wants_one_shape(crnet_spectra):
     other = measure_spectra(build("bert"), build_batches())
     with pytest.raises(ConfigError, match="a and b cannot be compared"):
         compare(crnet_spectra, other, what)
+
+
+def test_a_suggested_rank_saves_something():
+    """Keys of 4 columns: a rank of 4 in 24 x 4 would have more parameters than the matrix."""
+    torch.manual_seed(0)
+    shape = {**SHAPE, "num_attention_heads": 6, "num_key_value_heads": 1}
+    spectra = measure_spectra(AutoModel.from_config(LlamaConfig(**shape)).double().eval(), build_batches())
+    suggested = suggest_ranks(spectra, 40_000)
+    assert suggested.ranks[1, "k"] == 3
+    CRNetConfig(rank_pattern=suggested.rank_pattern, **shape)
+    with pytest.raises(ConfigError, match=r"rank_multiple=4 saves nothing in layers.1.k, 24 x 4: give at most 3"):
+        suggest_ranks(spectra, multiple=4)

@@ -122,7 +122,7 @@ def _products_again(shape: Shape, method: Method, layer_idx: int, T: int) -> Ite
 
     layers      the layer's forward but its last product, whose input is the last thing that is missing
     cola_m      every product with B, and attention
-    low_rank    Y_{l-1} = (Y_l - T B) / b: every product with B; attention, from the rebuilt q, k, v
+    invert      Y_{l-1} = (Y_l - T B) / b: every product with B; attention, from the rebuilt q, k, v
     replay      every product with B of a layer whose state was not kept; attention of all
     reversible  every product with A and B; attention
     """

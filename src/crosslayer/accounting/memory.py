@@ -488,10 +488,10 @@ def _split(position: str, step: Step) -> int:
 
 
 def method_of(config: Any, *, checkpointing: bool = False, optimizer: str = "adamw") -> Method:
-    """The memory policy of a CRNetConfig; whole-layer or `low_rank` where `activation_checkpointing` asks for it."""
+    """The memory policy of a CRNetConfig; whole-layer or `invert` where `activation_checkpointing` asks for it."""
     policy = getattr(config, "recompute", "none")
     if checkpointing and policy == "none":
-        policy = "low_rank" if getattr(config, "factorization", "dense") == "cross_layer" else "layers"
+        policy = "invert" if getattr(config, "factorization", "dense") == "cross_layer" else "layers"
     return Method(recompute=policy, interval=getattr(config, "recompute_interval", None), optimizer=optimizer)
 
 

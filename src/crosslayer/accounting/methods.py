@@ -5,13 +5,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ..crnet.policies import RENAMED, current_name
 from ..errors import ConfigError
 
 POLICY_KEEPS = {
     # policy: (X A of every position, what attention left, inverts): the table of crnet/memory_policies.py, which a
     # test compares; not imported, since that file needs torch.
     "none": (True, True, False),
-    "low_rank": (True, False, True),
+    "invert": (True, False, True),
     "replay": (True, False, False),
     "reversible": (False, False, True),
 }
@@ -58,7 +59,7 @@ class Method:
 
     Args:
         recompute: what is kept for the backward. "none": all that autograd, or CR-Net's own backward, wants; "layers":
-            whole layers are checkpointed; "cola_m": CoLA-M's segments (arXiv 2502.10940); "low_rank", "replay",
+            whole layers are checkpointed; "cola_m": CoLA-M's segments (arXiv 2502.10940); "invert", "replay",
             "reversible": CR-Net's policies (docs/memory.md).
         interval: `recompute_interval` of the policy.
         adapter: only it is trained; the model is frozen.
@@ -73,13 +74,16 @@ class Method:
     optimizer: str = "adamw"
     optimizer_rank: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recompute", current_name(self.recompute))
+
 
 METHODS: dict[str, tuple[str, Method]] = {
     # name: (factorization, how it is trained)
     "dense": ("dense", Method()),
     "dense_checkpointed": ("dense", Method(recompute="layers")),
     "crnet": ("cross_layer", Method()),
-    "crnet_low_rank": ("cross_layer", Method(recompute="low_rank")),
+    "crnet_invert": ("cross_layer", Method(recompute="invert")),
     "crnet_replay": ("cross_layer", Method(recompute="replay")),
     "crnet_reversible": ("cross_layer", Method(recompute="reversible")),
     "low_rank": ("low_rank", Method()),
@@ -102,8 +106,15 @@ METHODS: dict[str, tuple[str, Method]] = {
 }
 
 
+def current_method(name: str) -> str:
+    """The name of a method; crnet_low_rank, which holds the name that a policy had in 0.1, is taken with a warning."""
+    family, _, policy = name.partition("_")
+    return f"{family}_{current_name(policy)}" if family == "crnet" and policy in RENAMED else name
+
+
 def named_method(name: str) -> tuple[str, Method]:
     """(factorization, Method). Raises ConfigError for a name that is not in `METHODS`, with the nearest one."""
+    name = current_method(name)
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
         hint = f"; the nearest is {near[0]}" if near else ""
@@ -111,4 +122,13 @@ def named_method(name: str) -> tuple[str, Method]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "POLICY_KEEPS", "Adapter", "Method", "keeps_state", "named_method", "policy_interval"]
+__all__ = [
+    "METHODS",
+    "POLICY_KEEPS",
+    "Adapter",
+    "Method",
+    "current_method",
+    "keeps_state",
+    "named_method",
+    "policy_interval",
+]

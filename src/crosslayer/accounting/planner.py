@@ -258,7 +258,7 @@ def policies_of(factorization: str, layers: int) -> list[Method]:
     """What may be kept, fewest operations first."""
     if factorization != "cross_layer":
         return [Method(), Method(recompute="layers")]
-    inverting = [Method(recompute="low_rank"), Method(recompute="reversible")]
+    inverting = [Method(recompute="invert"), Method(recompute="reversible")]
     return [Method(), Method(recompute="replay"), *inverting, Method(recompute="reversible", interval=layers)]
 
 
@@ -313,7 +313,7 @@ def make_setting(shape: Shape, method: Method, request: Request, kind: str, micr
     return Setting(
         policy=method.recompute,
         interval=method.interval
-        if method.recompute in ("none", "low_rank", "layers")
+        if method.recompute in ("none", "invert", "layers")
         else policy_interval(method.recompute, method.interval, shape.num_hidden_layers),
         micro_batch=micro_batch,
         accumulation=accumulation,

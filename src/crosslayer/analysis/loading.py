@@ -24,7 +24,7 @@ def load_body(name: str, *, untrained: bool = False, seed: int = 0, dtype: str =
     import torch
     from transformers import AutoConfig, AutoModel, set_seed
 
-    import crosslayer.crnet  # noqa: F401  registers the Auto classes
+    import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")

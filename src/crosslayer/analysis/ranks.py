@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..crnet.positions import Position
 from ..errors import ConfigError
 from .spectra import LinearSpectra, Spectra
 
@@ -45,22 +46,28 @@ def suggest_ranks(spectra: Spectra, budget: int | None = None, multiple: int | N
 
     Args:
         budget: parameters of all A and B together, in_features and out_features times the rank each. None: what the
-            model has if it is a CR-Net, else what a rank of a quarter of the width takes.
+            model has if it is a CR-Net, else what the default ranks take.
         multiple: ranks are multiples of it. None: 8, less for models narrower than 256.
 
     The singular values are those of Y_l - b Y_{l-1} with a CR-Net's own b, of Y_l - b0 Y_{l-1} in other models. A
     CR-Net of rank r has r of them; beyond, the power law through the upper half of them stands for what it could not
     show.
-    No rank is raised past in out / (in + out), where a full matrix is cheaper. Raises ConfigError for a budget that
-    does not buy the smallest rank everywhere, and says which one does.
+    No rank is raised to in out / (in + out), where a full matrix is no dearer. Raises ConfigError for a budget that
+    does not buy the smallest rank everywhere, and says which one does, and for a multiple that saves nothing somewhere.
     """
     linears = [linear for linear in spectra.linears if "least_squares" in linear.squares]
     learned = all("learned" in linear.squares for linear in linears)
     kind = "learned" if learned else "least_squares"
-    multiple = multiple or min(8, max(1, spectra.quarter // 8))
+    smallest = min(linears, key=largest_rank)
+    multiple = multiple or max(1, min(8, spectra.quarter // 8, largest_rank(smallest)))
+    if multiple > largest_rank(smallest):
+        raise ConfigError(
+            f"rank_multiple={multiple} saves nothing in layers.{smallest.layer}.{smallest.position}, "
+            f"{smallest.in_features} x {smallest.width}: give at most {largest_rank(smallest)}"
+        )
     cost = {key(x): x.in_features + x.width for x in linears}
     if budget is None:
-        budget = sum(((x.rank if learned else None) or spectra.quarter) * cost[key(x)] for x in linears)
+        budget = sum(((x.rank if learned else None) or default_rank(x, spectra)) * cost[key(x)] for x in linears)
     ranks = {key(x): multiple for x in linears}
     spent = sum(multiple * cost[name] for name in ranks)
     if budget < spent:
@@ -90,10 +97,19 @@ def key(linear: LinearSpectra) -> tuple[int, str]:
     return linear.layer, linear.position
 
 
+def largest_rank(linear: LinearSpectra) -> int:
+    """The largest rank at which factors have fewer parameters than the matrix."""
+    return Position("", linear.in_features, linear.width).largest_rank
+
+
+def default_rank(linear: LinearSpectra, spectra: Spectra) -> int:
+    """What CRNetConfig takes for it: a quarter of the width, less in narrow matrices."""
+    return Position("", linear.in_features, linear.width).default_rank(4 * spectra.quarter)
+
+
 def _gains(linear: LinearSpectra, kind: str, multiple: int) -> torch.Tensor:
     """Relative squared error that each step of `multiple` ranks removes, first step first."""
-    limit = linear.width * linear.in_features // (linear.width + linear.in_features)
-    steps = max(1, limit // multiple)
+    steps = max(1, largest_rank(linear) // multiple)
     squares = linear.squares[kind].clone()
     if kind == "learned" and linear.rank is not None:
         squares = continue_power_law(squares, linear.rank)

@@ -31,7 +31,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or mixed: float32 w
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 METHODS_HELP = """Methods: llama (transformers' own, always among them), dense, dense_checkpointing, cola, crnet (policy
-none), crnet_low_rank, crnet_replay, crnet_reversible, plain_low_rank."""
+none), crnet_invert, crnet_replay, crnet_reversible, plain_low_rank."""
 
 
 @bench.command(epilog=METHODS_HELP)

@@ -60,7 +60,7 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    import crosslayer.crnet  # noqa: F401  registers the Auto classes
+    import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
 
     path = Path(folder)
     if (path / MODEL_FOLDER / "config.json").is_file():

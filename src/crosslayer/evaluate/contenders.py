@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from ..accounting.methods import current_method
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..errors import ConfigError
 
@@ -41,7 +42,7 @@ METHODS = {
     "cola": Method("CoLA", "cola"),
     "plain_low_rank": Method("plain low rank", "low_rank"),
     "crnet": Method("CR-Net", "cross_layer", policy="none"),
-    "crnet_low_rank": Method("CR-Net, low_rank", "cross_layer", policy="low_rank"),
+    "crnet_invert": Method("CR-Net, invert", "cross_layer", policy="invert"),
     "crnet_replay": Method("CR-Net, replay", "cross_layer", policy="replay"),
     "crnet_reversible": Method("CR-Net, reversible", "cross_layer", policy="reversible"),
 }
@@ -75,6 +76,7 @@ class Contenders:
         interval: int | None = None,
         attention: str = "sdpa",
     ) -> None:
+        methods = list(dict.fromkeys(current_method(name) for name in methods))
         unknown = [name for name in methods if name not in METHODS]
         if unknown or not methods:
             raise ConfigError(f"methods={', '.join(unknown) or 'none'}; choose from {', '.join(METHODS)}")
@@ -129,8 +131,8 @@ class Contenders:
             if method.model == "llama":
                 return LlamaConfig(**shape)
             options = {"recompute": method.policy, "recompute_interval": self._interval(method)}
-            own = {name: value for name, value in options.items() if value is not None}
-            return CRNetConfig(**shape, factorization=method.model, **own)
+            own: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+            return CRNetConfig(**shape, **own | {"factorization": method.model})
         except (StrictDataclassError, ValueError, ZeroDivisionError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise ConfigError(f"{method.label}: {reason}") from error

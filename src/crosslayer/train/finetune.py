@@ -210,7 +210,7 @@ def load_base(name: str, task: Task, adapter: AdapterConfig) -> tuple[PreTrained
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    import crosslayer.crnet  # noqa: F401  registers the Auto classes
+    import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
 
     path = Path(name).expanduser()
     if (path / MODEL_FOLDER / "config.json").is_file():

@@ -69,7 +69,7 @@ def choose_recompute(config: CRNetConfig, arguments: "TrainingArguments", block_
         )
     size, method = min(fitting, key=lambda pair: count_operations(config, block_size, pair[1]).total)
     if config.factorization == "cross_layer":
-        config.recompute, config.recompute_interval = method.recompute, method.interval  # type: ignore[assignment]
+        config.recompute, config.recompute_interval = method.recompute, method.interval
     else:
         arguments.activation_checkpointing = method.recompute == "layers"
         arguments.gradient_checkpointing = arguments.activation_checkpointing
