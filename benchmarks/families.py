@@ -1,0 +1,274 @@
+"""Choices that the paper leaves open in today's families, at about 1M parameters: what carries, and what it is worth.
+
+    python benchmarks/families.py --train train.jsonl.gz --validation valid.jsonl.gz
+
+Within a study every contender has the same shape, tokenizer, data order and number of tokens; variants of CR-Net differ in
+what carries, and so only in the number of betas. The rate of the matrices is tuned by short runs for the dense model and for
+CR-Net's first variant, whose rate the other variants take. All contenders run with the first seed; those that are clearly
+worse there (2 % of perplexity behind the best variant) get no further seeds. One run at a time, on one thread; each is a
+record in the result file, so that the script goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from result_file import ResultFile
+
+RESULTS = Path(__file__).parent / "results" / "families.json"
+BLOCK_SIZE, BATCH_SIZE, VOCABULARY = 256, 4, 2048
+TUNING_STEPS, FINAL_STEPS = 100, 500
+SEEDS, TUNING_SEED = (0, 1, 2), 100
+CLEARLY_WORSE = 1.02
+BASE_RATE, EMBEDDING_RATE = 1e-3, 8e-3
+RATES = {"full_rank": (2.5e-4, 5e-4, 1e-3, 2e-3), "low_rank": (1e-3, 2e-3, 4e-3)}
+
+WIDTHS = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
+MOE = {"moe_intermediate_size": 96, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 64, "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32}
+DENSE = {"factorization": "dense"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Contenders by name: fields of the configuration. The first one that is no "dense" is tuned for all the others."""
+
+    base: dict[str, Any]
+    contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+STUDIES = {
+    "llama": Study(
+        {"model_type": "llama", **WIDTHS, "intermediate_size": 344},
+        {"dense": DENSE, "CR-Net": {}},
+    ),
+    "gpt2": Study(
+        {"model_type": "gpt2", **WIDTHS, "n_inner": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        {"dense": DENSE, "CR-Net": {}},
+    ),
+    "moe": Study(
+        {"model_type": "qwen3_moe", **WIDTHS, **MOE, "num_key_value_heads": 4, "num_experts": 8, "head_dim": 32},
+        {"dense": DENSE, "the mixture carries": {}, "the mixture does not carry": {"carries": {"experts": False}}},
+    ),
+    "shared_expert": Study(
+        {
+            "model_type": "deepseek_v3",
+            **WIDTHS,
+            **MOE,
+            **LATENT,
+            "intermediate_size": 344,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+        },
+        {
+            "mixture and shared expert carry": {},
+            "the shared expert carries": {"carries": {"experts": False}},
+            "neither carries": {
+                "carries": dict.fromkeys(("experts", "shared_gate", "shared_up", "shared_down"), False)
+            },
+        },
+    ),
+    "latent_attention": Study(
+        {
+            "model_type": "deepseek_v3",
+            **WIDTHS,
+            **LATENT,
+            "intermediate_size": 344,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 6,
+        },
+        {
+            "dense": DENSE,
+            "all but kv_b carry": {},
+            "all carry": {"carries": {"kv_b": True}},
+            "q_a and kv_a carry": {"carries": {"q_b": False}},
+            "q_b and kv_b carry": {"carries": {"q_a": False, "kv_a": False, "kv_b": True}},
+            "none of the four carries": {"carries": {"q_a": False, "q_b": False, "kv_a": False}},
+        },
+    ),
+}
+
+
+def recipe_of(study: Study, fields: dict, rates: dict[str, float], seed: int, steps: int, options):
+    from crosslayer.train import build_recipe
+
+    full_rank = rates["full_rank"]
+    return build_recipe(
+        {
+            "name": "families",
+            "model": {"base": study.base, **fields},
+            "data": {
+                "data": str(options.train),
+                "validation_data": str(options.validation),
+                "tokenizer_vocab_size": VOCABULARY,
+                "block_size": BLOCK_SIZE,
+                "cache_dir": str(options.work / "cache"),
+            },
+            "parameter_groups": {
+                "embedding_lr_factor": EMBEDDING_RATE / BASE_RATE,
+                "full_rank_lr_factor": full_rank / BASE_RATE,
+                "low_rank_lr_factor": rates.get("low_rank", 0.0) / BASE_RATE,
+                "beta_lr_factor": rates.get("low_rank", 0.0) / BASE_RATE,
+            },
+            "training": {
+                "max_steps": steps,
+                "per_device_train_batch_size": BATCH_SIZE,
+                "per_device_eval_batch_size": BATCH_SIZE,
+                "learning_rate": BASE_RATE,
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+                "warmup_steps": steps // 10,
+                "adam_beta2": 0.98,
+                "max_grad_norm": 1.0,
+                "logging_steps": 20,
+                "save_strategy": "no",
+                "eval_strategy": "no",
+                "seed": seed,
+                "data_seed": seed,
+                "use_cpu": True,
+            },
+        }
+    )
+
+
+def train(study: Study, fields: dict, rates: dict[str, float], seed: int, steps: int, options) -> dict[str, Any]:
+    """Perplexity after one run, its parameters and its speed."""
+    import torch
+
+    torch.set_num_threads(1)
+    from transformers import default_data_collator
+
+    from crosslayer.cli.common import quiet_libraries
+    from crosslayer.data import prepare_data
+    from crosslayer.train.run import build_arguments, build_model, build_model_config
+    from crosslayer.train.trainer import PretrainTrainer
+
+    quiet_libraries()
+    recipe = recipe_of(study, fields, rates, seed, steps, options)
+    prepared = prepare_data(recipe.data)
+    config = build_model_config(recipe, prepared.tokenizer)
+    arguments = build_arguments(recipe, options.work / "unused")
+    arguments.disable_tqdm = True
+    validation, utf8_bytes = prepared.validation, prepared.statistics.validation.bytes
+    if steps == TUNING_STEPS:
+        validation, utf8_bytes = validation.select(range(min(len(validation), 148))), None
+    model = build_model(config, seed)
+    trainer = PretrainTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=validation,
+        processing_class=prepared.tokenizer,
+        data_collator=default_data_collator,
+        parameter_groups=recipe.parameter_groups,
+        block_size=BLOCK_SIZE,
+        validation_bytes=utf8_bytes,
+    )
+    started = time.perf_counter()
+    try:
+        trainer.train()
+        perplexity = trainer.evaluate()["eval_perplexity"]
+    except Exception as error:
+        if type(error).__name__ != "TrainingError":
+            raise
+        perplexity = float("inf")  # the rate was too high
+    outside = {id(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    return {
+        "perplexity": round(perplexity, 3),
+        "parameters": model.num_parameters(),
+        "parameters_without_embeddings": sum(p.numel() for p in model.parameters() if id(p) not in outside),
+        "tokens": steps * BATCH_SIZE * BLOCK_SIZE,
+        "seconds": round(time.perf_counter() - started, 1),
+        "b": b_of(model),
+    }
+
+
+def b_of(model) -> dict[str, list[float]]:
+    """b of every position, layer by layer."""
+    found: dict[str, list[float]] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "beta"):
+            place = re.sub(r"^.*?\.\d+\.", "", name)
+            found.setdefault(place, []).append(round(module.b().item(), 3))
+    return found
+
+
+class Runs:
+    """Runs of one study, read from the result file where they have been made."""
+
+    def __init__(self, name: str, file: ResultFile, options) -> None:
+        self.name, self.study, self.file, self.options = name, STUDIES[name], file, options
+
+    def run(self, contender: str, rates: dict[str, float], seed: int, steps: int) -> float:
+        rate = " ".join(f"{group}={value:g}" for group, value in rates.items())
+        key = f"{self.name}: {contender}, {rate}, seed {seed}, {steps} steps"
+        fields = self.study.contenders[contender]
+        found = self.file.section(key, lambda: train(self.study, fields, rates, seed, steps, self.options))
+        return found["perplexity"]
+
+    def tune(self, contender: str) -> dict[str, float]:
+        """Rates with the lowest perplexity after short runs: of the full-rank matrices, then of the factors."""
+        is_dense = contender == "dense"
+        best = {"full_rank": 5e-4} if is_dense else {"full_rank": 5e-4, "low_rank": 2e-3}
+        for group in ("full_rank",) if is_dense else ("low_rank", "full_rank"):
+            tried = {
+                rate: self.run(contender, best | {group: rate}, TUNING_SEED, TUNING_STEPS) for rate in RATES[group]
+            }
+            best[group] = min(tried, key=lambda rate: tried[rate])
+        return best
+
+    def all(self) -> dict[str, Any]:
+        names = list(self.study.contenders)
+        variants = [name for name in names if name != "dense"]
+        rates = {name: self.tune(name) for name in names if name in ("dense", variants[0])}
+        rates |= {name: rates[variants[0]] for name in variants}
+        first = {name: self.run(name, rates[name], SEEDS[0], FINAL_STEPS) for name in names}
+        best = min(first[name] for name in variants)
+        found = {}
+        for name in names:
+            goes_on = name == "dense" or first[name] <= best * CLEARLY_WORSE
+            seeds = SEEDS if goes_on else SEEDS[:1]
+            perplexities = [self.run(name, rates[name], seed, FINAL_STEPS) for seed in seeds]
+            found[name] = {
+                "rates": rates[name],
+                "perplexities": perplexities,
+                "perplexity": round(statistics.mean(perplexities), 2),
+                "stopped_early": not goes_on,
+            }
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True, help="training text: JSON lines with `text`")
+    parser.add_argument("--validation", type=Path, required=True, help="validation text")
+    parser.add_argument("--work", type=Path, default=Path("runs/families"), help="folder for the tokenised text")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="result file")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    file = ResultFile(options.output, "Perplexity of variants of CR-Net in several families, see benchmarks/families.py")
+    for name in options.studies:
+        summary = Runs(name, file, options).all()
+        file.content.setdefault("summary", {})[name] = summary
+        file.save()
+        print(json.dumps({name: summary}, indent=1), file=sys.stdout, flush=True)
+
+
+if __name__ == "__main__":
+    main()
