@@ -8,7 +8,9 @@ to fail, by the three mistakes of `MISTAKES`.
 import pytest
 import torch
 
-from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, hand_written_layer, memory_policies
+from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
+from crosslayer.crnet.block_gradient import BlockRun, Step
+from crosslayer.crnet.tape import Tape
 from model_cases import CASES, SHAPE, gradients, model_of, tokens
 
 REBUILDING = ("invert", "replay", "reversible")
@@ -57,27 +59,35 @@ def global_error(actual, expected):
 
 
 def forget_b(monkeypatch):
-    monkeypatch.setattr(memory_policies.Tape, "_factors", lambda *_: dict.fromkeys(memory_policies.POSITIONS, 1.0))
+    total_gradient = Step.total_gradient
+
+    def without_b(step, position, local):
+        step.above = {name: (G, 1.0) for name, (G, _) in step.above.items()}
+        return total_gradient(step, position, local)
+
+    monkeypatch.setattr(Step, "total_gradient", without_b)
 
 
 def skip_a_layer(monkeypatch):
     """The gradient of what layer 3 hands on counts for nothing."""
-    take = memory_policies.Tape._take_gradient
-    monkeypatch.setattr(
-        memory_policies.Tape,
-        "_take_gradient",
-        lambda tape, task, index: take(tape, task, index) if index != 2 else ({}, {}),
-    )
+    backward = Tape.backward
+
+    def skipping(tape, index, *arguments):
+        if index == 2:
+            tape.gradient_above = None
+        return backward(tape, index, *arguments)
+
+    monkeypatch.setattr(Tape, "backward", skipping)
 
 
 def round_the_state(monkeypatch):
-    output_below = hand_written_layer.BackwardStep.output_below
+    output_below = Step.output_below
 
     def rounded(*arguments):
         y = output_below(*arguments)
         return y.copy_(y.bfloat16())
 
-    monkeypatch.setattr(hand_written_layer.BackwardStep, "output_below", rounded)
+    monkeypatch.setattr(Step, "output_below", rounded)
 
 
 MISTAKES = [forget_b, skip_a_layer, round_the_state]
@@ -158,14 +168,14 @@ def test_replay_equals_none_can_fail(monkeypatch):
     inverted = gradients_of(model, "invert")
     assert not all(torch.equal(inverted[name], expected[name]) for name in expected)
 
-    replay = hand_written_layer.HandWrittenLayer.replay
+    replay = BlockRun.replay
 
     def off_by_one_bit(*arguments):
         state = replay(*arguments)
         state.Y["v"] = torch.nextafter(state.Y["v"], torch.tensor(torch.inf))
         return state
 
-    monkeypatch.setattr(hand_written_layer.HandWrittenLayer, "replay", off_by_one_bit)
+    monkeypatch.setattr(BlockRun, "replay", off_by_one_bit)
     actual = gradients_of(model, "replay")
     assert not all(torch.equal(actual[name], expected[name]) for name in expected)
 

@@ -15,8 +15,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Trainer, TrainingArguments
 
-from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetModel, memory_policies, modeling_crnet
-from crosslayer.crnet.configuration_crnet import POSITIONS
+from crosslayer.crnet import POSITIONS, CRNetConfig, CRNetForCausalLM, CRNetModel, CrossLayerLinear
+from crosslayer.crnet import model as model_file
+from crosslayer.crnet import tape as tape_file
+from crosslayer.crnet.block_gradient import BlockRun
+from crosslayer.crnet.functions import Attention, CarriedRMSNorm, GatedMLP
+from crosslayer.crnet.product import OpaqueProduct
+from crosslayer.crnet.tape import Tape
 from model_cases import PAD, gradients, model_of, tokens
 from tolerances import assert_all_close, assert_close
 
@@ -74,14 +79,23 @@ def policy(request):
 def tapes(monkeypatch):
     """Every tape made during a test."""
     made = []
-    init = memory_policies.Tape.__init__
+    init = Tape.__init__
 
     def recording(tape, *arguments, **keywords):
         init(tape, *arguments, **keywords)
         made.append(tape)
 
-    monkeypatch.setattr(memory_policies.Tape, "__init__", recording)
+    monkeypatch.setattr(Tape, "__init__", recording)
     return made
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Paths of the linears that ran under a graph of their own."""
+    names = []
+    run = OpaqueProduct.run
+    monkeypatch.setattr(OpaqueProduct, "run", lambda product, *a, **k: names.append(product.name) or run(product, *a, **k))
+    return names
 
 
 # What the plain model works with
@@ -106,12 +120,12 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", ["cross_layer", "gqa", "bias", "tied", "silu_increment"])
-def test_calls(case, attention, call, policy, tapes):
+def test_calls(case, attention, call, policy, tapes, asked):
     model = training_model(case, attention=attention, dtype=torch.float64)
     # float32: in which transformers' loss and eager softmax work
     assert_same_step(model, policy, torch.float32, **CALLS[call]())
     assert len(tapes) == 1
-    assert all(tapes[0].hand_written)
+    assert not asked
 
 
 def test_inputs_embeds_get_their_gradient(policy):
@@ -244,14 +258,15 @@ def test_gradients_from_inner_hidden_states(chosen, policy):
     assert_all_close(backward(), expected)
 
 
-def test_attention_weights_come_from_plain_autograd(policy, tapes):
+def test_attention_weights_come_from_plain_autograd(policy, tapes, asked):
     model = training_model(attention="eager")
     model.set_recompute(policy)
     output = model(tokens(), labels=tokens(), use_cache=False, output_attentions=True)
     assert len(output.attentions) == 4
     assert not tapes
     step(model, policy)  # the recorder, which stays on the modules, does not count as somebody watching
-    assert all(tapes[0].hand_written)
+    assert tapes
+    assert not asked
 
 
 def test_one_layer(policy):
@@ -262,8 +277,8 @@ def test_one_layer(policy):
 
 
 @pytest.mark.parametrize("targets", [["A"], ["B"], ["q_proj.A", "down_proj.B"]])
-def test_lora_on_the_factors(targets, policy, tapes):
-    """Replaced linears are asked, not bypassed; the others stay hand-written."""
+def test_lora_on_the_factors(targets, policy, tapes, asked):
+    """Linears with a replaced factor are asked, not bypassed; all others stay written out."""
     model = training_model(dtype=torch.float64)
     lora = peft.LoraConfig(
         r=2, target_modules=targets, layers_to_transform=[2], layers_pattern="layers", init_lora_weights=False
@@ -271,27 +286,137 @@ def test_lora_on_the_factors(targets, policy, tapes):
     adapted = peft.get_peft_model(model, lora).double()
     inner = adapted.base_model.model
     assert_same_step(inner, policy, torch.float32)
-    assert tapes[0].hand_written == [True, True, False, True]
+    every = {model.config.positions(2)[position].module for position in POSITIONS}
+    expected = every if len(targets) == 1 else {"self_attn.q_proj", "mlp.down_proj"}
+    assert set(asked) == expected
     assert all("lora_" in name for name in gradients(inner))
 
 
+def test_lora_on_the_factors_keeps_increments_and_no_states():
+    """Under `invert` an opaque product keeps its increment, as wide as its output, and no state of 11.4 h."""
+    model = training_model(layers=6)
+    model.set_recompute("invert")
+
+    def kept():
+        tape = find_tape(model(tokens(), labels=tokens(), use_cache=False).loss)
+        assert not tape.states
+        return {name: tuple(tensor.shape) for name, tensor in tape.kept[3].first.items()}
+
+    before = kept()
+    assert set(before.values()) == {(2, 17, 7)}
+    lora = peft.LoraConfig(r=2, target_modules=["v_proj.A"], layers_to_transform=[3], layers_pattern="layers")
+    peft.get_peft_model(model, lora)
+    assert kept() == before | {"v": (2, 17, 48)}
+
+
 def test_lora_with_dropout_and_trained_rest(policy):
-    model = training_model()
+    model = training_model(dtype=torch.float64)
     lora = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.3, init_lora_weights=False)
     inner = peft.get_peft_model(model, lora).base_model.model
     for parameter in inner.parameters():
         parameter.requires_grad_(True)
-    assert_same_step(inner, policy)
+    assert_same_step(inner.double(), policy, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["self_attn.q_proj.A", "mlp.down_proj", "mlp.act_fn", "self_attn", "input_layernorm"])
-def test_watched_modules_are_run(name, policy, tapes):
+WATCHED = ["self_attn.q_proj.A", "mlp.down_proj", "mlp.act_fn", "mlp", "self_attn", "input_layernorm"]
+
+
+@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_watched_modules_are_run(name, layer, policy):
+    if layer == 0 and name.endswith(".A"):
+        return
     model = training_model()
     calls = []
-    model.model.layers[1].get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    model.model.layers[layer].get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
     assert_same_step(model, policy)
     assert calls
-    assert tapes[0].hand_written == [True, False, True, True]
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_forwards_replaced_on_the_instance_are_run(name, policy):
+    """What accelerate does to load offloaded weights, and what people do to try something."""
+    model = training_model(dtype=torch.float64)
+    module = model.model.layers[1].get_submodule(name)
+    plain = module.forward
+
+    def doubled(*inputs, **arguments):
+        output = plain(*inputs, **arguments)
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    before = step(model, policy)[0].loss
+    module.forward = doubled
+    assert_same_step(model, policy, torch.float32)
+    assert_training_is_evaluation(model, policy)
+    assert abs(step(model, policy)[0].loss - before) > 1e-6, "the replaced forward did nothing"
+
+
+class HalvedNorm(CarriedRMSNorm):
+    def forward(self, hidden_states):
+        return 0.5 * super().forward(hidden_states)
+
+
+class SquaredMLP(GatedMLP):
+    def forward(self, y_gate, y_up):
+        return super().forward(y_gate, y_up) ** 2
+
+
+class ShiftedAttention(Attention):
+    def core(self, query, key, value, **arguments):
+        attended, weights = super().core(query, key, value, **arguments)
+        return attended + 1, weights
+
+
+class NegatedAttention(Attention):
+    def forward(self, *outputs, **arguments):
+        attended, weights = super().forward(*outputs, **arguments)
+        return -attended, weights
+
+
+class TripledLinear(CrossLayerLinear):
+    def forward(self, x, previous):
+        return 3 * super().forward(x, previous)
+
+
+REPLACED = {
+    "input_layernorm": HalvedNorm,
+    "mlp": SquaredMLP,
+    "self_attn": ShiftedAttention,
+    "self_attn ": NegatedAttention,
+    "self_attn.v_proj": TripledLinear,
+}
+
+
+def assert_training_is_evaluation(model, policy):
+    model.set_recompute(policy)
+    trained = model.train()(tokens(), use_cache=False).logits
+    assert_close(trained, model.eval()(tokens(), use_cache=False).logits)
+    model.train()
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_replaced_parts_are_asked(name, policy):
+    """A subclass in the place of a norm, an MLP, attention or a linear is run in training as in evaluation."""
+    model = training_model(dtype=torch.float64)
+    before = step(model, policy)[0].loss
+    model.model.layers[1].get_submodule(name.strip()).__class__ = REPLACED[name]
+    assert_same_step(model, policy, torch.float32)
+    assert_training_is_evaluation(model, policy)
+    assert abs(step(model, policy)[0].loss - before) > 1e-6, "the part that was replaced does nothing"
+
+
+def test_a_block_with_a_forward_of_its_own_runs_without_a_tape(policy, tapes):
+    model = training_model()
+
+    class Doubled(type(model.model.layers[1])):
+        def forward(self, hidden_states, *carried, **arguments):
+            hidden_states, *carried = super().forward(hidden_states, *carried, **arguments)
+            return 2 * hidden_states, *carried
+
+    model.model.layers[1].__class__ = Doubled
+    assert_same_step(model, policy)
+    assert_training_is_evaluation(model, policy)
+    assert not tapes
 
 
 def test_hooks_that_change_the_hidden_states(policy):
@@ -364,10 +489,25 @@ def test_training_turns_the_default_cache_off(policy, tapes):
     assert len(tapes) == 1
 
 
-def test_other_factorizations_have_no_tape(tapes):
-    model = model_of("cola").train()
+def test_dense_has_no_tape(tapes):
+    model = model_of("dense").train()
     model(tokens(), labels=tokens(), use_cache=False).loss.backward()
     assert not tapes
+
+
+@pytest.mark.parametrize("case", ["cola", "low_rank", "cola_gqa_bias"])
+def test_other_factorizations(case, tapes):
+    """Nothing is carried but h: X A is kept under every policy, and h inverted from it."""
+    model = model_of(case, dtype=torch.float64, num_hidden_layers=5).train()
+    for policy in ("none", "invert", "replay"):
+        assert_same_step(model, policy, torch.float32)
+        assert tapes[-1].policy.name == policy
+    model.set_recompute("invert")
+    tape = find_tape(model(tokens(), labels=tokens(), use_cache=False).loss)
+    assert not tape.states
+    assert set(tape.kept[2].first) == set(POSITIONS)
+    with pytest.raises(ValueError, match="recompute='reversible' belongs to factorization='cross_layer'"):
+        model.set_recompute("reversible")
 
 
 @pytest.mark.parametrize("configured", POLICIES)
@@ -526,7 +666,7 @@ def logged():
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    loggers = [logging.getLogger(module.__name__) for module in (memory_policies, modeling_crnet)]
+    loggers = [logging.getLogger(module.__name__) for module in (tape_file, model_file)]
     for logger in loggers:
         logger.addHandler(handler)
     yield messages
@@ -586,15 +726,15 @@ def test_drift_is_measured_and_bounded(logged, tapes):
 def test_wrong_states_are_noticed(monkeypatch, logged):
     """A state that went wrong on the way is found where a kept one is met."""
     model = training_model(layers=8)
-    retreat = memory_policies.HandWrittenLayer.backward
+    backward = BlockRun.backward
 
-    def spoiled(layer, work):
-        result = retreat(layer, work)
+    def spoiled(run, work, kept):
+        result = backward(run, work, kept)
         for y in work.Y_below.values():
             y.mul_(1.01)
         return result
 
-    monkeypatch.setattr(memory_policies.HandWrittenLayer, "backward", spoiled)
+    monkeypatch.setattr(BlockRun, "backward", spoiled)
     step(model, "reversible")
     assert model.recompute_drift > 1e-3
     model(tokens(), use_cache=False)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from crosslayer.analysis import measure_saved_activations
-from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetModel, hand_written_parts, memory_policies
+from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, CRNetModel, policies
+from crosslayer.crnet.local_functions import AttentionGraph
 from model_cases import SHAPE, tokens
 
 D = 128  # heads of 64, an MLP of 2.69 D and rank D / 4, as in models of the usual sizes
@@ -77,28 +78,19 @@ def test_whole_layer_checkpointing_keeps_the_hidden_states():
 
 def test_bars_can_fail(monkeypatch):
     """q and k held instead of rotated again; low-rank outputs held without need."""
-    init = hand_written_parts.AttentionRun.__init__
+    init = AttentionGraph.__init__
 
-    def hoarding(run, attention, Y, call, dtype, waits):
-        heads = attention.heads
-
-        def new_heads(*arguments):
-            return tuple(tensor.clone() for tensor in heads(*arguments))
-
-        attention.heads = lambda *arguments: tuple(run.hoard.setdefault("heads", new_heads(*arguments)))
-        run.hoard = {}
-        try:
-            init(run, attention, Y, call, dtype, waits)
-        finally:
-            del attention.heads
-        run.held.extend(run.hoard["heads"])
+    def hoarding(run, attention, inputs, arguments, parameters, waits):
+        init(run, attention, inputs, arguments, parameters, waits)
+        if waits:
+            run.held.extend(tensor.detach().clone() for tensor in attention.prepare(*inputs, **arguments)[:2])
 
     with monkeypatch.context() as patch:
-        patch.setattr(hand_written_parts.AttentionRun, "__init__", hoarding)
+        patch.setattr(AttentionGraph, "__init__", hoarding)
         assert growth(policy="none") > 14.5
-    for name, policy in memory_policies.POLICIES.items():
+    for name, policy in policies.POLICIES.items():
         hoarder = replace(policy, keeps_low_rank=True, keeps_attention=True)
-        monkeypatch.setitem(memory_policies.POLICIES, name, hoarder)
+        monkeypatch.setitem(policies.POLICIES, name, hoarder)
     assert growth(policy="invert") > 1.8
     assert growth(policy="reversible", interval=lambda layers: layers) > 1.0
 

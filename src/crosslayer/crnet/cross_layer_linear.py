@@ -100,6 +100,10 @@ class CrossLayerLinear(LowRankLinear):
         return f"beta_init={self.beta_init}, beta_epsilon={self.beta_epsilon}, activation={self.activation}"
 
 
+GIVES_INCREMENT: set[type] = {CrossLayerLinear}
+"""Modules, by their exact type, of which Y_l = b Y_{l-1} + `increment(x)` holds; a mixture of experts adds itself."""
+
+
 def b_of(beta: torch.Tensor, epsilon: float) -> torch.Tensor:
     """s(beta) (|beta| + eps), elementwise, with s(0) = +1.
 
@@ -124,4 +128,4 @@ def build_linear(config, layer_idx: int, position: str) -> nn.Module:
     return CrossLayerLinear(*shape, rank, place.bias, config.increment_activation, *beta)
 
 
-__all__ = ["CrossLayerLinear", "LowRankLinear", "b_of", "build_linear"]
+__all__ = ["GIVES_INCREMENT", "CrossLayerLinear", "LowRankLinear", "b_of", "build_linear"]

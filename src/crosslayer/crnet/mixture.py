@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _grouped_linear
 
-from .cross_layer_linear import b_of
+from .cross_layer_linear import GIVES_INCREMENT, b_of
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -94,6 +94,9 @@ class CrossLayerMixture(nn.Module):
         """x [B, T, D] and the block below's Y -> (Y [B, T, D], router logits [tokens, E])."""
         increment, logits = self.increment(x)
         return increment if previous is None else self.b() * previous + increment, logits
+
+
+GIVES_INCREMENT.add(CrossLayerMixture)
 
 
 class RouterLogits(nn.Identity):

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .block_gradient import BlockRun, Kept, State, Step, parameters_of, relative_difference
-from .cross_layer_linear import b_of
+from .cross_layer_linear import GIVES_INCREMENT, b_of
 from .decode_rows import is_watched
 from .drift import DriftMeter, ErrorEstimate
 from .local_functions import Call, Gradients
@@ -334,7 +334,7 @@ def cross_layer_linears(layer: Any) -> dict[str, Any]:
     return {
         name: linear
         for name, linear in linears.items()
-        if hasattr(linear, "beta") and hasattr(linear, "increment") and not is_watched(linear)
+        if type(linear) in GIVES_INCREMENT and hasattr(linear, "beta") and not is_watched(linear)
     }
 
 
