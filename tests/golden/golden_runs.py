@@ -15,11 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from crosslayer.crnet.policies import POLICIES_OF
 from model_cases import CASES, model_of, tokens
 
 FILE = Path(__file__).with_suffix(".json")
 STEPS, LENGTH, VOCABULARY = 20, 24, 37
-POLICIES = ("none", "invert", "replay", "reversible")
 PRECISIONS = ("float32", "mixed")
 
 
@@ -27,13 +27,13 @@ def run_names() -> list[str]:
     return [
         f"{case}/{policy}/{precision}"
         for case in CASES
-        for policy in (POLICIES if has_policies(case) else ("none",))
+        for policy in policies_of(case)
         for precision in PRECISIONS
     ]
 
 
-def has_policies(case: str) -> bool:
-    return CASES[case].get("factorization", "cross_layer") == "cross_layer"
+def policies_of(case: str) -> tuple[str, ...]:
+    return POLICIES_OF[CASES[case].get("factorization", "cross_layer")]
 
 
 def golden_run(name: str) -> dict[str, list[float]]:
