@@ -17,12 +17,12 @@ from transformers import default_data_collator
 from crosslayer.data import (
     IGNORE_INDEX,
     DataConfig,
+    cache,
     load_documents,
     load_evaluation_data,
     prepare_data,
     train_tokenizer,
 )
-from crosslayer.data import cache
 from crosslayer.data import prepare as prepare_module
 from crosslayer.data import sources as sources_module
 from crosslayer.data.tokenizer import encode_documents
