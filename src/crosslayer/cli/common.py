@@ -22,7 +22,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """["--learning_rate", "1e-3", "--bf16=true", "--use_cpu"] -> {field: value}. Raises ConfigError."""
-    from ..train.recipe import parse_value
+    from ..train.values import parse_value
 
     overrides: dict[str, Any] = {}
     rest = list(arguments)

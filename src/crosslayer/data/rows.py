@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .config import is_hub, parse_hub
+from .config import is_hub, local_path, parse_hub
 from .files import quiet
 from .json_lines import BYTE_ORDER_MARK, GZIP_ERRORS, json_lines, json_type, lone_surrogate, not_utf8, open_bytes
 
@@ -79,7 +80,7 @@ def load_rows(
     if is_hub(source):
         rows = _hub_rows(source, split, wanted, cache_dir)
     else:
-        rows = _file_rows(find_split(Path(source).expanduser(), split), wanted, numbers)
+        rows = _file_rows(find_split(local_path(source), split), wanted, numbers)
     if not rows.content:
         raise DataError(f"{rows.label}: the split is empty; give one with rows")
     return rows
@@ -87,13 +88,13 @@ def load_rows(
 
 def find_split(path: Path, split: str) -> Path:
     """The file of a split: `path` itself, or SPLIT.ENDING in a folder. Raises DataError."""
-    if path.is_file():
+    if os.path.isfile(path):  # False, not an error, for a name that no file can have
         if not path.name.lower().endswith(ENDINGS):
             raise DataError(f"{path}: unknown kind of file; allowed are {', '.join(ENDINGS)}")
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"{path}: no such file or folder")
-    found = [path / f"{split}{ending}" for ending in ENDINGS if (path / f"{split}{ending}").is_file()]
+    found = [path / f"{split}{ending}" for ending in ENDINGS if os.path.isfile(path / f"{split}{ending}")]
     if not found:
         held = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
         raise DataError(f"{path}: no {split}.jsonl, .jsonl.gz, .csv, .tsv or .parquet in the folder; it holds {held}")
@@ -109,8 +110,8 @@ def has_split(source: str, split: str) -> bool:
             return split in datasets.get_dataset_split_names(*parse_hub(source))
         except Exception:  # offline, say: loading it says why
             return True
-    path = Path(source).expanduser()
-    return path.is_dir() and any((path / f"{split}{ending}").is_file() for ending in ENDINGS)
+    path = local_path(source)
+    return os.path.isdir(path) and any(os.path.isfile(path / f"{split}{ending}") for ending in ENDINGS)
 
 
 def require_columns(rows: Rows, columns: tuple[str, ...], label: str, option: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import platform
 import sysconfig
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import DataError
-from .config import PYTHON_LIBRARY, DataConfig, cache_root, is_hub, parse_hub
+from .config import PYTHON_LIBRARY, DataConfig, cache_root, is_hub, local_path, parse_hub
 from .files import (
     KINDS,
     ReadingOptions,
@@ -122,14 +123,14 @@ class FileSource:
 
 def local_files(spec: str, config: DataConfig) -> FileSource:
     """A file or a folder. Raises DataError when it is missing, empty, or of an unknown kind."""
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = local_path(spec)
+    if os.path.isdir(path):  # False, not an error, for a name that no folder can have
         files = [scan_file(found, found.relative_to(path).as_posix()) for found in find_files(path)]
         files = [file for file in files if file.size > 0 or file.problem]
         if not files:
             raise DataError(f"{spec}: the folder holds no text; it needs files ending in {', '.join(KINDS)}")
         return FileSource(spec, files, config)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{spec}: no such file or folder; give an existing one, {PYTHON_LIBRARY} or hf:owner/name")
     if file_kind(path) is None:
         raise DataError(f"{spec}: unknown kind of file; allowed are {', '.join(KINDS)}")

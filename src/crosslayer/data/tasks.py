@@ -12,13 +12,13 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, DataError
-from .config import cache_root, is_hub
+from .config import MOST_TOKENS, cache_root, empty_problem, is_hub, local_path, range_problem, source_problem
 from .instructions import INSTRUCTION_COLUMNS, instruction_form, to_prompts
 from .rows import Rows, has_split, load_rows, looks_like_number, require_columns
 
@@ -30,6 +30,8 @@ Kind = Literal["classification", "regression", "instruction"]
 KINDS: tuple[Kind, ...] = ("classification", "regression", "instruction")
 GLUE_HUB = "hf:nyu-mll/glue"
 MOST_CLASSES = 2**16
+_MANY = 2**63 - 1
+_OTHER_TEXTS = ("label_column", "cache_dir")
 _log = logging.getLogger(__name__)
 
 
@@ -123,10 +125,18 @@ class TaskConfig:
             problems.append("give a GLUE task (task=sst2), or your own data (data=FILE)")
         if not 0 < self.validation_fraction < 1:
             problems.append(f"validation_fraction={self.validation_fraction} is outside (0, 1)")
-        for name, least in (("max_length", 2), ("num_labels", 2), ("max_train_rows", 1), ("max_validation_rows", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                problems.append(f"{name}={value} is too small; give at least {least}")
+        ranges = (
+            ("max_length", 2, MOST_TOKENS),
+            ("num_labels", 2, MOST_CLASSES),
+            ("max_train_rows", 1, _MANY),
+            ("max_validation_rows", 1, _MANY),
+            ("seed", 0, _MANY),
+        )
+        problems += filter(None, (range_problem(name, getattr(self, name), *range_) for name, *range_ in ranges))
+        texts = ("train_split", "validation_split", "text_column", "text_pair_column")
+        problems += filter(None, (empty_problem(name, getattr(self, name)) for name in (*texts, *_OTHER_TEXTS)))
+        for name in ("data", "validation_data"):
+            problems += filter(None, [source_problem(name, getattr(self, name))])
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -193,9 +203,9 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int)
 def _source(config: TaskConfig) -> str:
     if config.data is None:
         return f"{GLUE_HUB}:{config.task}"
-    inner = Path(config.data).expanduser() / (config.task or "")
+    inner = local_path(config.data) / (config.task or "")
     if config.task in GLUE and not is_hub(config.data) and not has_split(config.data, config.train_split):
-        return str(inner) if inner.is_dir() else config.data
+        return str(inner) if os.path.isdir(inner) else config.data
     return config.data
 
 
