@@ -13,7 +13,6 @@ from crosslayer.data import TaskConfig, load_task
 from crosslayer.errors import DataError
 from tiny_finetune import write_rows
 
-
 NO_GZIP = b"not gzip"
 
 

@@ -62,6 +62,8 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
 
     import crosslayer.crnet  # noqa: F401  registers the Auto classes
 
+    from ..data.fit import check_ids, check_special_tokens
+
     path = Path(folder)
     if (path / MODEL_FOLDER / "config.json").is_file():
         path = path / MODEL_FOLDER
@@ -83,6 +85,12 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
             f"{folder!r} ({model_type}) lacks {len(missing)} weights, the first of them {missing[0]}; it is truncated "
             "or of another model"
         )
+    try:
+        check_ids(tokenizer, model, repr(folder))
+        if model_type.startswith("crnet"):
+            check_special_tokens(tokenizer, model.config, repr(folder))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     return model.eval(), tokenizer
 
 

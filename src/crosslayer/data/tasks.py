@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, DataError
 from .config import MOST_TOKENS, cache_root, empty_problem, is_hub, local_path, range_problem, source_problem
+from .fit import DEFAULT_MAX_LENGTH
 from .instructions import INSTRUCTION_COLUMNS, instruction_form, to_prompts
 from .rows import Rows, has_split, load_rows, looks_like_number, require_columns
 
@@ -98,8 +99,8 @@ class TaskConfig:
     num_labels: int | None = None
     """Own data with numbered classes: how many there are. None = the largest in the training rows, plus 1."""
 
-    max_length: int = 128
-    """Longest input in tokens; longer ones are cut."""
+    max_length: int = DEFAULT_MAX_LENGTH
+    """Longest input in tokens; longer ones are cut. At most the model's positions, which the default gives way to."""
 
     max_train_rows: int | None = None
     """Train on a random subset of so many rows."""

@@ -20,6 +20,7 @@ from ..accounting import count_parameters, dense_counterpart, estimate_memory, t
 from ..analysis.health import HEALTH_FILE
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
+from ..data.fit import check_special_tokens, ids_needed
 from ..errors import CheckpointError, ConfigError, TrainingError
 from .memory import choose_recompute, training_method, training_step
 from .recipe import Recipe, load_recipe
@@ -76,11 +77,8 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
         if settings.get("recompute_interval") is not None:
             raise ConfigError("recompute=auto chooses the interval too; remove model.recompute_interval")
     if tokenizer is not None:
-        settings.setdefault("vocab_size", len(tokenizer))
-        # T5's tokenizer has 32,100 entries, the field's models 32,000: the rest are sentinels that no text yields.
-        sentinels = set(tokenizer.all_special_ids)
-        needed = max((i for i in range(len(tokenizer)) if i not in sentinels), default=-1) + 1
-        needed = max(needed, document_start_id(tokenizer) + 1, document_end_id(tokenizer) + 1)
+        needed = ids_needed(tokenizer)
+        settings.setdefault("vocab_size", max(len(tokenizer), needed))
         if settings["vocab_size"] < needed:
             raise ConfigError(
                 f"model.vocab_size={settings['vocab_size']} is below the {needed} tokens that the tokenizer can yield; "
@@ -90,12 +88,20 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
         settings.setdefault("eos_token_id", document_end_id(tokenizer))
         settings.setdefault("pad_token_id", padding_id(tokenizer))
         settings.setdefault("max_position_embeddings", max(recipe.data.block_size, 1024))
+    if isinstance(positions := settings.get("max_position_embeddings"), int) and positions < recipe.data.block_size:
+        raise ConfigError(
+            f"data.block_size={recipe.data.block_size} is longer than model.max_position_embeddings={positions}; lower "
+            "it, or raise the positions"
+        )
     try:
-        return CRNetConfig(**settings)
+        config = CRNetConfig(**settings)
     except StrictDataclassError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         reason = " ".join(lines[1:]) or lines[0]
         raise ConfigError(reason.removeprefix("ValueError: ").removeprefix("TypeError: ")) from None
+    if tokenizer is not None:
+        check_special_tokens(tokenizer, config, "model")
+    return config
 
 
 def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
