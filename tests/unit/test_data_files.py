@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,9 @@ from crosslayer.data import DataConfig, load_documents
 from crosslayer.data.cutting import LONG_TEXT_BYTES, LONGEST_LINE, cut_long_text, cut_text_file
 from crosslayer.data.sources import open_source
 from crosslayer.errors import DataError
+from crosslayer.train import build_recipe, load_recipe
+from crosslayer.train.run import pretrain
+from tiny_run import tiny_content
 
 MARK = "\ufeff"
 
@@ -187,3 +191,14 @@ def test_a_long_file_is_never_whole_in_memory(tmp_path):
         tracemalloc.stop()
     assert len(documents.dataset) > 500
     assert peak < 20 * 2**20  # a batch of documents and little else; the file has 24 MiB
+
+
+def test_a_folder_whose_name_is_no_text_is_trained_on_and_reported(tmp_path):
+    content = tiny_content(tmp_path, max_steps=2, save_steps=2, eval_strategy="no", warmup_steps=0)
+    folder = tmp_path / os.fsdecode(b"latin\xe9[1]\n")
+    Path(content["data"]["data"]).rename(folder)
+    content["data"]["data"] = str(folder)
+    report = pretrain(build_recipe(content), tmp_path / "run")
+    assert report.data["source"].endswith("latin\\xe9[1]\n")
+    assert (tmp_path / "run" / "report.md").is_file()
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").data.data == str(folder)

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2L
 from crosslayer import CRNetConfig, CRNetForCausalLM
 from crosslayer.cli.common import load_checkpoint
 from crosslayer.data import load_task
-from crosslayer.data.fit import check_ids, first_id, ids_needed, input_length, position_limit, room_for
+from crosslayer.data.fit import block_length, check_ids, first_id, ids_needed, input_length, position_limit, room_for
 from crosslayer.errors import CheckpointError, ConfigError
 from crosslayer.evaluate.sample import sample
 from crosslayer.train import build_finetune_recipe, build_recipe, finetune
@@ -130,10 +130,17 @@ def test_inputs_longer_than_the_positions_are_cut(tmp_path, encoder):
     assert finetune.train_once(build_finetune_recipe(content)).steps == 1
 
 
-def test_blocks_longer_than_the_positions():
-    recipe = build_recipe({"model": SMALL | {"max_position_embeddings": 32}, "data": {"block_size": 64}})
-    with pytest.raises(ConfigError, match=r"block_size=64 is longer than model.max_position_embeddings=32"):
-        build_model_config(recipe)
+def test_a_model_has_the_positions_that_it_is_trained_on():
+    for positions, expected in ((32, 64), (96, 96)):
+        recipe = build_recipe({"model": SMALL | {"max_position_embeddings": positions}, "data": {"block_size": 64}})
+        assert build_model_config(recipe).max_position_embeddings == expected
+
+
+def test_blocks_of_an_evaluation_stay_within_the_positions():
+    tokenizer, model = tiny_tokenizer(), BertModel(BertConfig(**SMALL, max_position_embeddings=64))
+    assert block_length(None, tokenizer, model) == block_length(64, tokenizer, model) == 64
+    with pytest.raises(ConfigError, match="block_size=65 is longer than the model's 64 positions"):
+        block_length(65, tokenizer, model)
 
 
 def test_a_sample_stays_within_the_positions_and_takes_a_list_of_ends():

@@ -7,6 +7,7 @@ output_dir/
   health.jsonl       of a CR-Net, one line per log: b, increments and gradients by layer and position
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from ..accounting import count_parameters, dense_counterpart, estimate_memory, t
 from ..analysis.health import HEALTH_FILE
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
+from ..data.files import printable
 from ..data.fit import check_special_tokens, ids_needed
 from ..errors import CheckpointError, ConfigError, TrainingError
 from .memory import choose_recompute, training_method, training_step
@@ -40,6 +42,7 @@ from .trainer import EvaluateAtTheEnd, PretrainTrainer, describe_device, last_co
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, TrainingArguments
 
+_log = logging.getLogger(__name__)
 MODEL_FOLDER = "model"
 AUTO = "auto"
 
@@ -89,10 +92,10 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
         settings.setdefault("pad_token_id", padding_id(tokenizer))
         settings.setdefault("max_position_embeddings", max(recipe.data.block_size, 1024))
     if isinstance(positions := settings.get("max_position_embeddings"), int) and positions < recipe.data.block_size:
-        raise ConfigError(
-            f"data.block_size={recipe.data.block_size} is longer than model.max_position_embeddings={positions}; lower "
-            "it, or raise the positions"
-        )
+        # What it trains on it has positions for; evaluation and generation go by this field.
+        settings["max_position_embeddings"] = recipe.data.block_size
+        if tokenizer is not None:
+            _log.info("max_position_embeddings raised from %d to block_size=%d", positions, recipe.data.block_size)
     try:
         config = CRNetConfig(**settings)
     except StrictDataclassError as error:
@@ -327,4 +330,4 @@ def earlier_recipe(output_dir: Path) -> dict[str, Any]:
 def _describe_data(recipe: Recipe, statistics: DataStatistics) -> dict[str, Any]:
     # Where the cache lies says nothing about the run.
     described = {k: v for k, v in asdict(statistics).items() if k not in ("cache_path", "cache_hit")}
-    return {"source": recipe.data.data, **described}
+    return {"source": printable(recipe.data.data), **described}
