@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import default_data_collator
 from crosslayer.data import (
     IGNORE_INDEX,
     DataConfig,
+    cache,
     load_documents,
     load_evaluation_data,
     prepare_data,
@@ -70,7 +72,7 @@ def documents_in(blocks, tokenizer):
 
 
 def cache_entries(config):
-    return sorted(path.name for path in Path(config.cache_dir).iterdir() if path.name != "sources")
+    return sorted(path.name for path in Path(config.cache_dir).iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ the blocks
@@ -179,6 +181,55 @@ def test_validation_data_is_used_whole_and_kept_out_of_training(tmp_path, make):
     assert not set(texts[:3]) & set(documents_in(prepared.train, prepared.tokenizer))
     with pytest.raises(DataError, match="each of its 200 documents is also in validation_data"):
         prepare_data(make(validation_data=make().data))
+
+
+@pytest.mark.parametrize("count", [2, 3, 11])
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_few_documents_still_have_two_sides(tmp_path, make, caplog, count, fraction):
+    """The one whose hash comes first is held out; where all would be, the one whose hash comes last is trained on."""
+    texts = make_texts(count) * 2  # twins stay together
+    path = write_jsonl(tmp_path / "few.jsonl", texts)
+    config = make(data=str(path), validation_fraction=fraction, block_size=4)
+    with caplog.at_level(logging.INFO, logger="crosslayer"):
+        prepared = prepare_data(config)
+    by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    held_out = set(by_hash[:1]) if fraction < 0.5 else set(by_hash[:-2])
+    assert set(documents_in(prepared.validation, prepared.tokenizer)) == held_out
+    assert prepared.statistics.train.documents + prepared.statistics.validation.documents == 2 * count
+    assert "hash comes" in caplog.text
+    blocks, _ = load_evaluation_data(config, prepared.tokenizer, part="validation")
+    assert blocks[:] == prepared.validation[:]
+
+
+def test_one_text_alone_cannot_be_split(tmp_path, make):
+    path = write_jsonl(tmp_path / "twins.jsonl", make_texts(1) * 5)
+    with pytest.raises(DataError, match="of 5 documents"):
+        prepare_data(make(data=str(path)))
+
+
+def test_a_short_stream_still_has_two_sides(tmp_path, make, monkeypatch):
+    texts = make_texts(9)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    )
+    monkeypatch.setattr(sources_module, "hub_revision", lambda name: "commit")
+    first = min(texts, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    stream = {"data": "hf:a/b", "streaming": True, "shuffle_buffer": 0, "validation_fraction": 1e-9, "block_size": 4}
+    prepared = prepare_data(make(**stream))
+    assert documents_in(prepared.validation, prepared.tokenizer) == [first]
+    assert first not in documents_in(list(prepared.train), prepared.tokenizer)
+    assert documents_in(list(prepared.train), prepared.tokenizer)[:-1] == [t for t in texts if t != first][:-1]
+    blocks, _ = load_evaluation_data(make(**stream), prepared.tokenizer, part="validation")
+    assert blocks[:] == prepared.validation[:]
+
+
+def test_books_in_one_file_are_cut_and_split(tmp_path, make):
+    books = ["".join(f"Line {i} of book {j}.\n\n" for i in range(6000)) for j in range(3)]
+    path = write_jsonl(tmp_path / "books.jsonl", books)
+    statistics = prepare_data(make(data=str(path))).statistics
+    assert statistics.cut == 3
+    assert statistics.validation.documents >= 1
+    assert statistics.train.bytes + statistics.validation.bytes == sum(map(len, books))
 
 
 def test_caps(make):
@@ -290,7 +341,16 @@ def damage_contents(folder):
     path.write_text(" " * path.stat().st_size)  # the size is right, the content is not
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_manifest, damage_contents])
+def damage_one_bit(folder):
+    """As a disk does it: neither size nor time change."""
+    path = next((folder / "train").glob("*.arrow"))
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_manifest, damage_contents, damage_one_bit])
 def test_a_damaged_cache_is_built_again_with_a_warning(make, caplog, damage):
     first = prepare_data(make())
     expected = first.train[:]
@@ -322,6 +382,31 @@ def test_a_crash_leaves_nothing_behind(make, monkeypatch, stage):
             prepare_data(make())
     assert cache_entries(make()) == []
     assert not prepare_data(make()).statistics.cache_hit
+
+
+KILLED = """
+import os, signal
+from crosslayer.data import *
+from crosslayer.data import prepare
+def killed(*_, **__):
+    print("building", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+prepare.train_tokenizer = killed
+prepare_data(DataConfig(**eval(sys.argv[2])))
+"""
+
+
+def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(make):
+    package = str(Path(prepare_module.__file__).parents[1])
+    killed = subprocess.run([sys.executable, "-c", ALONE + KILLED, package, repr(vars(make()))], check=False)
+    assert killed.returncode == -9
+    assert len(cache_entries(make())) == 2  # a folder and its lock
+    (Path(make().cache_dir) / f".{'0' * 24}.old").mkdir()  # of a version that took no lock
+    with cache.building(Path(make().cache_dir) / ("f" * 24)) as living:
+        (living / "half").write_text("")
+        prepared = prepare_data(make())
+        assert (living / "half").exists()
+    assert cache_entries(make()) == sorted([Path(prepared.statistics.cache_path).name, "f" * 24])
 
 
 def test_a_full_disk_is_a_clear_error(make, monkeypatch):

@@ -7,11 +7,12 @@ import torch
 import yaml
 
 from crosslayer.accounting import count_parameters
+from crosslayer.cli.common import parse_overrides
 from crosslayer.crnet import CRNetForCausalLM
 from crosslayer.errors import ConfigError
 from crosslayer.train import build_recipe, load_recipe
-from crosslayer.train.recipe import parse_value
 from crosslayer.train.run import build_arguments, build_model_config
+from crosslayer.train.values import parse_value
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -112,6 +113,63 @@ def test_values_of_the_command_line(text, value):
     assert parse_value(text) == value
 
 
+WRITTEN = """
+name: 007
+description: no
+data: {data: 2024, text_column: yes, tokenizer: off, validation_data: null}
+training: {eval_strategy: no, save_strategy: no, max_steps: 0x10, use_cpu: yes, report_to: [no, 1], run_name: 1e3}
+model: {rank_pattern: {1: 4}}
+"""
+
+
+def test_what_a_field_calls_text_stays_text(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(WRITTEN)
+    options = ["--name", "007", "--description", "no", "--data", "2024", "--text_column", "yes", "--tokenizer", "off"]
+    options += ["--validation_data", "null", "--eval_strategy", "no", "--save_strategy=no", "--max_steps", "0x10"]
+    options += ["--use_cpu", "yes", "--report_to", "[no, 1]", "--run_name", "1e3", "--rank_pattern", "{1: 4}"]
+    for recipe in (load_recipe(path), build_recipe({}, parse_overrides(options))):
+        assert (recipe.name, recipe.description) == ("007", "no")
+        data, training = recipe.data, recipe.training
+        assert (data.data, data.text_column, data.tokenizer, data.validation_data) == ("2024", "yes", "off", None)
+        assert (training["eval_strategy"], training["save_strategy"], training["run_name"]) == ("no", "no", "1e3")
+        assert (training["max_steps"], training["use_cpu"], training["report_to"]) == (16, True, ["no", "1"])
+        assert recipe.model["rank_pattern"] == {"1": 4}
+        arguments = build_arguments(build_recipe({"name": "x"}, {"eval_strategy": "no"}), tmp_path)
+        assert arguments.eval_strategy.value == "no"
+
+
+@pytest.mark.parametrize("text", ["#1", "# a", "- a", "a: b", "[1].txt", "*.txt", "'", "2024-99-99", " x ", "0b", ".5"])
+def test_a_path_after_an_option_is_taken_as_it_is(text):
+    recipe = build_recipe({}, parse_overrides(["--data", text, "--tokenizer", text, "--validation_data", text]))
+    assert (recipe.data.data, recipe.data.tokenizer, recipe.data.validation_data) == (text,) * 3
+
+
+@pytest.mark.parametrize("name", ["../../escape", "/tmp/x", "a/b", "..", ".", "", ".hidden", "a\\b", "a\nb", "a" * 300])
+def test_a_name_stays_below_the_runs_folder(name):
+    with pytest.raises(ConfigError, match="is no name of a folder"):
+        build_recipe({}, {"name": name})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_documents", "#1"], "max_documents='#1' is not a whole number or null"),
+        (["--max_steps", "no"], "max_steps=False is not a whole number"),
+        (["--tokenizer", ""], "tokenizer is empty"),
+        (["--text_column="], "text_column is empty"),
+        (["--split", "foo"], "split='foo' is for hub datasets, not data='python-library'; leave it out"),
+        (["--validation_split", "foo"], "validation_split='foo' is for hub datasets, not validation_data=None"),
+        (["--data.seed", "-1"], "seed=-1 is too small"),
+        (["--block_size", "99999999999"], "block_size=99999999999 is too large; give at most 16777216"),
+    ],
+)
+def test_values_that_make_no_sense_after_an_option(options, message):
+    with pytest.raises(ConfigError) as caught:
+        build_recipe({}, parse_overrides(options))
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("content", "overrides", "message"),
     [
@@ -147,6 +205,10 @@ def test_problems_are_reported_together():
         ("a: [1", "is not YAML"),
         ("- 1", "is not a mapping"),
         (b"\xff\xfe\xfa", "cannot be read"),
+        ("training: {max_steps: 1, max_steps: 2}", "the key 'max_steps' stands there twice"),
+        ("data: {seed: 2024-99-99}", "is not YAML"),
+        ("description: &x [*x]", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
     ],
 )
 def test_unreadable_files(tmp_path, text, message):

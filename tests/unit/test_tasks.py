@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from crosslayer.data import TaskConfig, load_task
-from crosslayer.data.tasks import GLUE, prompt_of
+from crosslayer.data.instructions import prompt_of
+from crosslayer.data.tasks import GLUE
 from crosslayer.errors import ConfigError, DataError
 from crosslayer.evaluate.task_metrics import measure_task
 from tiny_finetune import rows_of, write_rows, write_task
@@ -113,7 +114,7 @@ GOOD = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
         ([*GOOD, {"text": "c", "label": None}], GOOD, {}, "row 3: label None is out of range"),
         ([*GOOD, {"text": None, "label": 1}], GOOD, {}, "row 3: column 'text' holds None, not text"),
         ([{"text": "a", "label": 0}] * 2, GOOD[:1], {}, "one class only"),
-        ([{"text": "a", "label": "x"}] * 2, None, {"task": "regression"}, "row 1: 'x' is not a finite number"),
+        ([{"text": "a", "label": "x"}] * 2, None, {"task": "regression"}, "row 2: 'x' is not a finite number"),
         ([{"a": 1}], GOOD, {}, "are no task"),
         ([{"a": 1}] * 3, None, {"task": "instruction"}, "are no instruction data"),
         ([{"instruction": "a", "output": ""}] * 3, None, {}, "column 'output' holds '', not text"),

@@ -4,6 +4,7 @@ Exit code 0 on success, 2 for wrong input, 1 for a failure while running; errors
 CROSSLAYER_DEBUG=1 shows the traceback of an error.
 """
 
+import io
 import os
 import sys
 
@@ -35,6 +36,9 @@ app.add_typer(bench.bench, name="bench")
 
 def main() -> None:
     """Entry point. Ends the process."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -22,7 +22,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """["--learning_rate", "1e-3", "--bf16=true", "--use_cpu"] -> {field: value}. Raises ConfigError."""
-    from ..train.recipe import parse_value
+    from ..train.values import parse_value
 
     overrides: dict[str, Any] = {}
     rest = list(arguments)
@@ -62,6 +62,8 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
 
     import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
 
+    from ..data.fit import check_ids, check_special_tokens
+
     path = Path(folder)
     if (path / MODEL_FOLDER / "config.json").is_file():
         path = path / MODEL_FOLDER
@@ -83,6 +85,12 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
             f"{folder!r} ({model_type}) lacks {len(missing)} weights, the first of them {missing[0]}; it is truncated "
             "or of another model"
         )
+    try:
+        check_ids(tokenizer, model, repr(folder))
+        if model_type.startswith("crnet"):
+            check_special_tokens(tokenizer, model.config, repr(folder))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     return model.eval(), tokenizer
 
 

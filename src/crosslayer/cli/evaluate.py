@@ -60,13 +60,13 @@ def evaluate(
 
     from ..data import DataConfig, load_evaluation_data
     from ..data.config import PYTHON_LIBRARY
+    from ..data.fit import block_length
     from ..evaluate import measure_perplexity
 
     part = part or ("validation" if data == PYTHON_LIBRARY else "all")
     model, tokenizer = load_checkpoint(checkpoint)
     model.to(choose_device(device))
-    if block_size is None:
-        block_size = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1024), 1024)
+    block_size = block_length(block_size, tokenizer, model)
     config = DataConfig(
         data=data,
         split=split,

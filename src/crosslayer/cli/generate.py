@@ -10,8 +10,13 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or of a run.")],
     prompt: Annotated[str, typer.Option(help="Start of the text.")] = "",
     max_new_tokens: Annotated[
-        int, typer.Option("--max_new_tokens", "--max-new-tokens", help="Most tokens to add.")
-    ] = 200,
+        int | None,
+        typer.Option(
+            "--max_new_tokens",
+            "--max-new-tokens",
+            help="Most tokens to add [default: 200, or what room is left].",
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top_k", "--top-k", help="Sample among the k likeliest; 0 is all.")] = 50,
     top_p: Annotated[float, typer.Option("--top_p", "--top-p", help="Sample within this probability mass.")] = 1.0,
@@ -24,7 +29,7 @@ def generate(
     from .common import load_checkpoint, print_json, quiet_libraries
 
     for name, value, fine, allowed in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens is None or max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, temperature >= 0, "0 or more"),
         ("top_k", top_k, top_k >= 0, "0 or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),

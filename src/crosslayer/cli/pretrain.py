@@ -77,6 +77,8 @@ def show_plan(plan) -> None:
     ]
     if plan.data["skipped"]:
         rows.append(("skipped", f"{plan.data['skipped']:,} files or lines that could not be read"))
+    if plan.data.get("cut"):
+        rows.append(("cut", f"{plan.data['cut']:,} texts longer than 64 KiB, into documents"))
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.estimated_memory_bytes.items() if size)
     estimate = sum(plan.estimated_memory_bytes.values()) / 2**20
     rows += [
@@ -97,7 +99,11 @@ def show_report(report) -> None:
 def show_sample(report, prompt: str) -> None:
     from ..evaluate.sample import sample
 
-    text = sample(report.model, report.tokenizer, prompt, max_new_tokens=80, seed=0)
+    positions = report.model.config.max_position_embeddings
+    tokens = len(report.tokenizer(prompt)["input_ids"]) + 1
+    if tokens >= positions:
+        return  # a long prompt for a model of short texts: the run itself is fine
+    text = sample(report.model, report.tokenizer, prompt, max_new_tokens=min(80, positions - tokens), seed=0)
     print(f"\nSample, after {prompt!r}:\n{text}\n" if prompt else f"\nSample:\n{text}\n")
 
 

@@ -5,7 +5,8 @@ The layout, where the key is a hash over everything the blocks depend on:
     <cache_dir>/<key>/train/  validation/    datasets written by `save_to_disk`
                       tokenizer/             `save_pretrained`
                       statistics.json        sizes of the splits
-                      manifest.json          name and size of every other file; written last
+                      manifest.json          name and SHA-256 of every other file; written last
+    <cache_dir>/.<key>.<random>/             one being written, by the process that holds .<key>.<random>.lock
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it whenever the same configuration would give different blocks."""
 
 _MANIFEST = "manifest.json"
+_LOCK = ".lock"
+_TEMPORARY = re.compile(r"\.[0-9a-f]{24}\.[^.]+")
 _log = logging.getLogger(__name__)
 
 
@@ -37,13 +43,13 @@ def cache_key(content: dict[str, Any]) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the folder holds every file of its manifest in full; an existing folder that does not is
+    """True when the folder holds every file of its manifest, byte for byte; an existing folder that does not is
     discarded."""
     if not folder.exists():
         return False
     try:
         expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if _sizes(folder) == expected:
+        if _hashes(folder) == expected:
             return True
         reason = "its files are not those that were written"
     except (OSError, ValueError) as error:
@@ -59,10 +65,8 @@ def discard(folder: Path, reason: object) -> None:
     is left to `building`, which says so.
     """
     _log.warning("the data cache %s is damaged (%s); building it again", folder, reason)
-    with suppress(OSError):
-        damaged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with suppress(OSError), _temporary(folder) as damaged:
         os.rename(folder, damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
 
 
 @contextmanager
@@ -73,21 +77,44 @@ def building(folder: Path) -> Iterator[Path]:
     Two processes may build the same folder: the first to finish wins. A complete folder is never replaced.
     Raises DataError when the disk refuses (full, read-only) or a source breaks off.
     """
-    temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield temporary
-        (temporary / _MANIFEST).write_text(json.dumps(_sizes(temporary), indent=1), encoding="utf-8")
-        _move_into_place(temporary, folder)
+        remove_leftovers(folder.parent)
+        with _temporary(folder) as temporary:
+            yield temporary
+            (temporary / _MANIFEST).write_text(json.dumps(_hashes(temporary), indent=1), encoding="utf-8")
+            _move_into_place(temporary, folder)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: building the data cache failed ({error.strerror or error}); "
             "check the source and the free space, or choose another cache_dir"
         ) from error
-    finally:
-        if temporary is not None:
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what killed runs were writing: temporary folders whose lock nobody holds any more."""
+    for path in root.glob(f".*{_LOCK}"):
+        lock = FileLock(path)
+        with suppress(OSError, Timeout), lock.acquire(blocking=False):
+            shutil.rmtree(path.with_name(path.name.removesuffix(_LOCK)), ignore_errors=True)
+            path.unlink(missing_ok=True)
+    for path in root.glob(".*"):  # older versions took no lock
+        if _TEMPORARY.fullmatch(path.name) and not path.with_name(path.name + _LOCK).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` and a lock that the system lets go of when this process ends, however it ends."""
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    lock_file = temporary.with_name(temporary.name + _LOCK)
+    with FileLock(lock_file):  # before the folder is there: a folder without a holder is a leftover
+        try:
+            temporary.mkdir()
+            yield temporary
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            lock_file.unlink(missing_ok=True)
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
@@ -98,7 +125,11 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
             raise
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Size of every file below the folder but the manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below the folder but the manifest."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _MANIFEST:
+            with path.open("rb") as file:
+                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

@@ -88,14 +88,18 @@ class DataConfig:
 
     def _problems(self) -> list[str | None]:
         return [
-            _source_problem("data", self.data),
-            _source_problem("validation_data", self.validation_data),
+            source_problem("data", self.data),
+            source_problem("validation_data", self.validation_data),
             self._fraction_problem(),
             self._vocabulary_problem(),
             self._streaming_problem(),
-            _range_problem("block_size", self.block_size, 2),
-            _range_problem("shuffle_buffer", self.shuffle_buffer, 0),
-            *(_range_problem(name, getattr(self, name), 1) for name in _COUNTS),
+            self._split_problem("split", "data", self.data),
+            self._split_problem("validation_split", "validation_data", self.validation_data),
+            range_problem("block_size", self.block_size, 2, MOST_TOKENS),
+            range_problem("shuffle_buffer", self.shuffle_buffer, 0),
+            range_problem("seed", self.seed, 0),
+            *(range_problem(name, getattr(self, name), 1) for name in _COUNTS),
+            *(empty_problem(name, getattr(self, name)) for name in _TEXTS),
         ]
 
     def _fraction_problem(self) -> str | None:
@@ -104,8 +108,10 @@ class DataConfig:
         return f"validation_fraction={self.validation_fraction} is outside (0, 1); give a share such as 0.02"
 
     def _vocabulary_problem(self) -> str | None:
-        if self.tokenizer is not None or self.tokenizer_vocab_size >= MINIMUM_VOCABULARY:
+        if self.tokenizer is not None:
             return None
+        if self.tokenizer_vocab_size >= MINIMUM_VOCABULARY:
+            return range_problem("tokenizer_vocab_size", self.tokenizer_vocab_size, 0, MOST_TOKENS)
         return vocabulary_too_small(self.tokenizer_vocab_size)
 
     def _streaming_problem(self) -> str | None:
@@ -113,8 +119,20 @@ class DataConfig:
             return None
         return f"streaming is for hub datasets, not data={self.data!r}; give hf:owner/name, or turn it off"
 
+    def _split_problem(self, name: str, field: str, source: str | None) -> str | None:
+        """A split that is asked for and would be ignored."""
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if value == default or (source is not None and is_hub(source)):
+            return None
+        return f"{name}={value!r} is for hub datasets, not {field}={source!r}; leave it out"
 
+
+MOST_TOKENS = 2**24
+"""Largest block and vocabulary: far above what is in use, and what fits the memory of a machine."""
+
+_LARGEST = 2**63 - 1
 _COUNTS = ("max_documents", "max_validation_documents", "max_tokenizer_documents")
+_TEXTS = ("text_column", "tokenizer", "cache_dir")
 
 
 def is_hub(source: str) -> bool:
@@ -134,18 +152,34 @@ def parse_hub(source: str) -> tuple[str, str | None]:
 def cache_root(cache_dir: str | None) -> Path:
     """The folder that holds the caches, from the `cache_dir` of a configuration."""
     chosen = cache_dir or os.environ.get("CROSSLAYER_CACHE") or "~/.cache/crosslayer"
-    return Path(chosen).expanduser()
+    return local_path(chosen)
 
 
-def _source_problem(field: str, source: str | None) -> str | None:
+def local_path(name: str) -> Path:
+    """A file or folder as it is named, `~` being the home folder; whatever is no home stays as it is."""
+    return Path(os.path.expanduser(name))
+
+
+def source_problem(field: str, source: str | None) -> str | None:
+    """The complaint about a source that cannot be one; None stands for a default."""
     if source is None:
         return None
     if not source:
-        return f"{field} is empty; give {PYTHON_LIBRARY}, a file, a folder or hf:owner/name[:config]"
+        return f"{field} is empty; give a file, a folder or hf:owner/name[:config]"
     if is_hub(source) and _HUB_SOURCE.fullmatch(source) is None:
         return f"{field}={source!r} is not a hub dataset; write hf:owner/name or hf:owner/name:config"
     return None
 
 
-def _range_problem(field: str, value: int | None, least: int) -> str | None:
-    return None if value is None or value >= least else f"{field}={value} is too small; give at least {least}"
+def range_problem(field: str, value: int | None, least: int, most: int = _LARGEST) -> str | None:
+    """The complaint about a number outside least..most; None stands for a default."""
+    if value is None or least <= value <= most:
+        return None
+    return f"{field}={value} is too {'small; give at least' if value < least else 'large; give at most'} " + str(
+        least if value < least else most
+    )
+
+
+def empty_problem(field: str, value: str | None) -> str | None:
+    """The complaint about a text without characters; None stands for a default."""
+    return f"{field} is empty; give a value or leave it out" if value == "" else None

@@ -1,26 +1,26 @@
 """Local files: which ones count, what they hold, what is wrong with them.
 
-One text file is one document; each row of a JSON-lines or parquet file is one document. A long text file
-given on its own is cut into documents (`cut_long_text`). Documents without any text (empty, or white space
-only) are left out later, by the split.
+One text file is one document; each row of a JSON-lines or parquet file is one document. A long text file given on its
+own, and a long row, is cut into documents (`cutting.py`). Byte order marks are no text. Documents without any text
+(empty, or white space only) are left out later, by the split.
 """
 
 from __future__ import annotations
 
-import gzip
+import codecs
 import hashlib
-import json
+import io
 import os
-import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DataError
+from .cutting import LONG_TEXT_BYTES, cut_long_text, cut_text_file, is_long
+from .json_lines import GZIP_ERRORS, json_lines, json_type, lone_surrogate, names_of, not_utf8, open_bytes
+from .spool import spool
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,14 +37,9 @@ KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
 }
 
-LONG_TEXT_BYTES = 64 * 1024
-"""A text file given on its own and longer than this is cut into documents."""
-
-CUT_BYTES = 16 * 1024
-"""Length after which the next blank line ends a document of a long text."""
-
 _SKIP_HINT = "repair it, or set skip_bad to leave such {} out"
-_GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+_CHUNK = 2**20  # bytes read at a time
+_ROWS = 1024  # of a parquet file read at a time
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,12 @@ class ScannedFile:
     """A file, its content hash, and what makes it unreadable (None = nothing found so far)."""
 
     path: Path
-    name: str  # relative posix path, or the file name of a lone file
+    name: str  # relative posix path, or the file name of a lone file; bytes that are no UTF-8 spelled out
     kind: Kind
     size: int
     sha256: str
     problem: str | None = None
+    text_bytes: int = 0  # of a text file, decompressed
 
     @property
     def identity(self) -> list[Any]:
@@ -70,9 +66,20 @@ class ReadingOptions:
 
     text_column: str
     skip_bad: bool
-    cache_dir: str
-    """Folder for the Arrow copies that `datasets` makes; belongs to this content alone."""
+    cache_dir: Path
+    """Where there is room for the documents while they are used."""
     cut_long_text: bool = False
+    """Whether long text files are cut; long rows always are."""
+
+
+@dataclass
+class Tally:
+    """What was left out and what was cut while reading."""
+
+    skipped: int = 0
+    """Files, lines and rows that cannot be read."""
+    cut: int = 0
+    """Files and rows longer than 64 KiB that became several documents."""
 
 
 # ------------------------------------------------------------------------------------- finding and checking
@@ -85,103 +92,254 @@ def file_kind(path: Path) -> Kind | None:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """Every readable kind of file below a folder, by relative posix path; hidden files and folders are
-    ignored."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """Every readable kind of file below a folder, by relative posix path; hidden files and folders are ignored.
+
+    Links are followed, each folder once, so that a link to a folder above ends the walk there. Links that lead nowhere
+    are among the files: reading them says so. Raises DataError for a folder that cannot be listed.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); check its rights") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in names if not name.startswith(".")]
-    wanted = [path for path in found if file_kind(path) and path.is_file()]
+    wanted = [path for path in found if file_kind(path) and (path.is_file() or _leads_nowhere(path))]
     return sorted(wanted, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
+def printable(name: str) -> str:
+    """A file name as text: bytes that are no UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def scan_file(path: Path, name: str) -> ScannedFile:
-    """Hash a file; check a text file for UTF-8. Raises DataError when it cannot be opened."""
+    """Hash a file; check a text file for UTF-8. What is wrong with it, a file that cannot be opened included, is its
+    `problem`. Raises DataError for a kind of file that is not read."""
     kind = file_kind(path)
     if kind is None:
         raise DataError(f"{path}: unknown kind of file; allowed are {', '.join(KINDS)}")
+    name = printable(name)
     try:
         size = path.stat().st_size
-        if kind != "text":
-            with path.open("rb") as file:
-                return ScannedFile(path, name, kind, size, hashlib.file_digest(file, "sha256").hexdigest())
-        try:
-            content = read_bytes(path)
-        except _GZIP_ERRORS as error:
-            return ScannedFile(path, name, kind, size, "", f"{path}: damaged gzip file ({error})")
+        if kind == "text":
+            return _scan_text(path, name, size)
+        with path.open("rb") as file:
+            return ScannedFile(path, name, kind, size, hashlib.file_digest(file, "sha256").hexdigest())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights") from error
-    return ScannedFile(path, name, kind, size, hashlib.sha256(content).hexdigest(), _utf8_problem(path, content))
+        return ScannedFile(path, name, kind, 0, "", _cannot_be_read(path, error))
 
 
-def read_bytes(path: Path) -> bytes:
-    """The whole file, decompressed if it ends in .gz."""
-    with open_bytes(path) as file:
-        return file.read()
-
-
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open for reading bytes, decompressing if the name ends in .gz."""
-    if path.name.lower().endswith(".gz"):
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb")
-
-
-def _utf8_problem(path: Path, content: bytes) -> str | None:
+def _scan_text(path: Path, name: str, size: int) -> ScannedFile:
+    """Hash a text and check it, a chunk at a time."""
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    count, problem = 0, None
     try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"{path}: not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start})"
-    return None
+        with open_bytes(path) as file:
+            chunk = b"begin"
+            while chunk:
+                chunk = file.read(_CHUNK)
+                digest.update(chunk)
+                if problem is None:
+                    pending = len(decoder.getstate()[0])
+                    try:
+                        decoder.decode(chunk, final=not chunk)
+                    except UnicodeDecodeError as error:
+                        problem = f"{path}: {not_utf8(error, before=count - pending)}"
+                count += len(chunk)
+    except GZIP_ERRORS as error:
+        return ScannedFile(path, name, "text", size, "", f"{path}: damaged gzip file ({error})")
+    return ScannedFile(path, name, "text", size, digest.hexdigest(), problem, count)
+
+
+def _cannot_be_read(path: Path, error: OSError | UnicodeDecodeError) -> str:
+    if _leads_nowhere(path):
+        return f"{path}: a link that leads nowhere"
+    return f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path and its rights"
 
 
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def read_files(files: list[ScannedFile], options: ReadingOptions) -> tuple[Dataset, int]:
-    """All documents of the files, in order: (dataset with columns text and name, number of things skipped).
+def read_files(files: list[ScannedFile], options: ReadingOptions) -> tuple[Dataset, Tally]:
+    """All documents of the files, in order: a dataset with the columns text and name, and what became of the rest.
 
-    Raises DataError naming the file, and the line where there is one, for the first thing that cannot be
-    read, unless `skip_bad`.
+    Raises DataError naming the file, and the line where there is one, for the first thing that cannot be read, unless
+    `skip_bad`; also then for a JSON-lines file without a single good line and for a text column that is not there.
     """
-    from datasets import concatenate_datasets
+    broken = [file.problem for file in files if file.problem is not None]
+    if broken and not options.skip_bad:
+        raise DataError(f"{broken[0]}; {_SKIP_HINT.format('files')}")
+    tally = Tally(skipped=len(broken))
+    return spool(_documents(files, options, tally), options.cache_dir), tally
 
-    skipped = 0
-    good = []
+
+def _documents(files: list[ScannedFile], options: ReadingOptions, tally: Tally) -> Iterator[tuple[str, str]]:
+    readers = {"text": _text_documents, "json": _json_documents, "parquet": _parquet_documents}
     for file in files:
-        if file.problem is None:
-            good.append(file)
-        elif options.skip_bad:
-            skipped += 1
-        else:
-            raise DataError(f"{file.problem}; {_SKIP_HINT.format('files')}")
-    parts: list[Dataset] = []
-    for kind, group in groupby(good, key=lambda file: file.kind):
-        if kind == "text":
-            parts.append(_read_text_files(list(group), options))
+        if file.problem is not None:
             continue
-        read = _read_json_file if kind == "json" else _read_parquet_file
-        for file in group:
-            part, bad_rows = read(file, options)
-            parts.append(part)
-            skipped += bad_rows
-    parts = [part for part in parts if len(part)]
-    return (concatenate_datasets(parts) if parts else documents_from_pairs([])), skipped
+        try:
+            yield from readers[file.kind](file, options, tally)
+        except (OSError, UnicodeDecodeError) as error:  # gone, damaged or changed since it was scanned
+            raise DataError(_cannot_be_read(file.path, error)) from error
 
 
-def documents_from_pairs(pairs: list[tuple[str, str]]) -> Dataset:
-    """An in-memory dataset of (name, text) pairs."""
-    from datasets import Dataset
+def pieces(name: str, text: str, tally: Tally) -> Iterator[tuple[str, str]]:
+    """The (name, text) of a row: itself, or its documents `name#1`, `name#2`, ... where it is long."""
+    parts = cut_long_text(text) if is_long(text) else [text]
+    if len(parts) == 1:
+        yield name, text
+        return
+    tally.cut += 1
+    for number, part in enumerate(parts, start=1):
+        yield f"{name}#{number}", part
 
-    columns = {"text": [text for _, text in pairs], "name": [name for name, _ in pairs]}
-    return Dataset.from_dict(columns, features=document_features())
+
+def _text_documents(file: ScannedFile, options: ReadingOptions, tally: Tally) -> Iterator[tuple[str, str]]:
+    with open_bytes(file.path) as content:
+        if not (options.cut_long_text and file.text_bytes > LONG_TEXT_BYTES):
+            yield file.name, content.read().decode("utf-8-sig")
+            return
+        tally.cut += 1
+        with io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
+            for number, piece in enumerate(cut_text_file(text), start=1):
+                yield f"{file.name}#{number}", piece
 
 
-def document_features() -> Any:
-    """The two columns of every dataset of documents."""
-    from datasets import Features, Value
+def _json_documents(file: ScannedFile, options: ReadingOptions, tally: Tally) -> Iterator[tuple[str, str]]:
+    good, bad, first_problem = 0, 0, ""
+    for number, row, problem in json_lines(file.path):
+        problem = problem or _text_problem(row, options.text_column)
+        if problem is None:
+            good += 1
+            yield from pieces(f"{file.name}:{number}", row[options.text_column], tally)
+            continue
+        problem = f"{file.path}, line {number}: {problem}"
+        if not options.skip_bad:
+            raise DataError(f"{problem}; {_SKIP_HINT.format('lines')}")
+        bad += 1
+        first_problem = first_problem or problem
+    if bad and not good:
+        raise DataError(f"{first_problem}; none of the {bad} lines can be used")
+    tally.skipped += bad
 
-    return Features({"text": Value("string"), "name": Value("string")})
+
+def _text_problem(row: dict[str, Any], column: str) -> str | None:
+    if column not in row:
+        return f"no text column {column!r}; the columns are {names_of(row)}; choose one with text_column"
+    text = row[column]
+    if not isinstance(text, str):
+        return f"text column {column!r} holds {json_type(text)}, not a string"
+    problem = lone_surrogate(text)
+    return problem and f"text column {column!r} {problem}"
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def _parquet_documents(file: ScannedFile, options: ReadingOptions, tally: Tally) -> Iterator[tuple[str, str]]:
+    import pyarrow.parquet
+
+    column, number = options.text_column, 0
+    try:
+        with file.path.open("rb") as content:  # by its handle: a name is taken as it is
+            table = pyarrow.parquet.ParquetFile(content)
+            _check_text_column(table.schema_arrow, column, str(file.path))
+            for batch in table.iter_batches(_ROWS, columns=[column]):
+                for text, problem in texts_of(batch.column(0)):
+                    number += 1
+                    if problem is None:
+                        yield from pieces(f"{file.name}:{number}", text, tally)
+                    elif options.skip_bad:
+                        tally.skipped += 1
+                    else:
+                        where = f"{file.path}, row {number}: text column {column!r}"
+                        raise DataError(f"{where} {problem}; {_SKIP_HINT.format('rows')}")
+    except DataError:
+        raise
+    except Exception as error:  # arrow raises many kinds for a damaged file
+        if not options.skip_bad:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{file.path}: not a readable parquet file ({reason}); {_SKIP_HINT.format('files')}"
+            ) from error
+        tally.skipped += 1
+
+
+def texts_of(values: Any) -> Iterator[tuple[str, str | None]]:
+    """(text, None) or ("", what is wrong) of every value of an Arrow array of strings."""
+    try:
+        texts = values.to_pylist()
+    except UnicodeDecodeError:
+        texts = [_text_or_error(value) for value in values]
+    for text in texts:
+        if isinstance(text, str):
+            yield text, None
+        else:
+            yield "", "is null" if text is None else f"is {not_utf8(text)}"
+
+
+def _text_or_error(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _check_text_column(schema: Any, column: str, label: str) -> None:
+    """Raises DataError unless an Arrow schema has the column, and it holds strings."""
+    import pyarrow.types as types
+
+    if column not in schema.names:
+        raise missing_column(label, column, schema.names)
+    kind = schema.field(column).type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise DataError(f"{label}: text column {column!r} holds {kind}, not strings; choose another with text_column")
+
+
+def clean_rows(rows: Dataset, column: str, label: str, options: ReadingOptions) -> tuple[Dataset, Tally]:
+    """The documents of a dataset's rows, named `label:1`, `label:2`, ..., and what became of the rest.
+
+    Raises DataError when the column is missing or holds no strings, and, unless `skip_bad`, for the first row without
+    text.
+    """
+    _check_text_column(rows.features.arrow_schema, column, label)
+    tally = Tally()
+    return spool(_row_documents(rows, column, label, options.skip_bad, tally), options.cache_dir), tally
+
+
+def _row_documents(rows: Dataset, column: str, label: str, skip_bad: bool, tally: Tally) -> Iterator[tuple[str, str]]:
+    number = 0
+    for table in rows.select_columns([column]).with_format("arrow").iter(_ROWS):
+        for text, problem in texts_of(table.column(0)):
+            number += 1
+            if problem is None:
+                yield from pieces(f"{label}:{number}", text, tally)
+            elif skip_bad:
+                tally.skipped += 1
+            else:
+                raise DataError(f"{label}, row {number}: text column {column!r} {problem}; {_SKIP_HINT.format('rows')}")
+
+
+def missing_column(label: str, column: str, columns: list[str]) -> DataError:
+    """The error for a text column that is not there."""
+    return DataError(
+        f"{label}: no text column {column!r}; the columns are {names_of(columns)}; choose one with text_column"
+    )
 
 
 @contextmanager
@@ -199,242 +357,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
-
-
-def _generate(function: Any, arguments: dict[str, Any], options: ReadingOptions) -> Dataset:
-    """Write what a generator of documents yields to disk and map it into memory.
-
-    A damaged copy of an earlier run is removed and written again. Raises DataError when the disk refuses.
-    """
-    from datasets import Dataset
-
-    def generate() -> Dataset:
-        generated = Dataset.from_generator(
-            function, features=document_features(), cache_dir=options.cache_dir, gen_kwargs=arguments
-        )
-        return cast("Dataset", generated)
-
-    with quiet():
-        try:
-            return generate()
-        except Exception:  # an unreadable copy shows as one of many errors of datasets and arrow
-            shutil.rmtree(options.cache_dir, ignore_errors=True)
-        try:
-            return generate()
-        except Exception as error:
-            cause = error.__cause__ or error
-            raise DataError(
-                f"{options.cache_dir}: cannot keep the documents there ({cause}); free some space or choose "
-                "another cache_dir"
-            ) from error
-
-
-def _read_text_files(files: list[ScannedFile], options: ReadingOptions) -> Dataset:
-    pairs = [(str(file.path), file.name) for file in files]
-    return _generate(_text_documents, {"files": pairs, "cut": options.cut_long_text}, options)
-
-
-def _text_documents(files: list[tuple[str, str]], cut: bool) -> Iterator[dict[str, str]]:
-    for path, name in files:
-        text = read_bytes(Path(path)).decode("utf-8")
-        if cut and len(text.encode("utf-8")) > LONG_TEXT_BYTES:
-            for number, piece in enumerate(cut_long_text(text), start=1):
-                yield {"text": piece, "name": f"{name}#{number}"}
-        else:
-            yield {"text": text, "name": name}
-
-
-def cut_long_text(text: str) -> list[str]:
-    """Cut a long text into documents of about 16 KiB; joined again they are the text, character for
-    character.
-
-    A document ends after the first run of blank lines that follows 16 KiB of text; where none comes within
-    another 16 KiB it ends at the next line end. Lines are never cut.
-    """
-    documents: list[str] = []
-    lines: list[str] = []
-    size, after_blank = 0, False
-    for line in text.splitlines(keepends=True):
-        blank = not line.strip()
-        if not blank and ((after_blank and size >= CUT_BYTES) or size >= 2 * CUT_BYTES):
-            documents.append("".join(lines))
-            lines, size = [], 0
-        lines.append(line)
-        size += len(line.encode("utf-8"))
-        after_blank = blank
-    documents.append("".join(lines))
-    return documents
-
-
-# ----------------------------------------------------------------------------------------------- JSON lines
-
-
-def _read_json_file(file: ScannedFile, options: ReadingOptions) -> tuple[Dataset, int]:
-    """Rows of a JSON-lines file by `datasets`; whatever that stumbles over is read again line by line.
-
-    The second reading finds the line to complain about (or to skip). When every line is fine by itself, as
-    when another column changes its type half way, its result is used.
-    """
-    import datasets
-
-    if file.size == 0:
-        return documents_from_pairs([]), 0
-    try:
-        with quiet():
-            rows = datasets.load_dataset("json", data_files=str(file.path), split="train", cache_dir=options.cache_dir)
-        if _is_clean_text(rows, options.text_column):
-            return name_rows(rows, options.text_column, file.name), 0
-    except Exception:  # arrow, pandas, gzip and datasets errors: the second reading explains them
-        pass
-    return _read_json_lines(file, options)
-
-
-def _read_json_lines(file: ScannedFile, options: ReadingOptions) -> tuple[Dataset, int]:
-    bad, good, first_problem = 0, 0, None
-    for _, _, problem in _json_lines(file.path, options.text_column):
-        good += problem is None
-        bad += problem is not None
-        first_problem = first_problem or problem
-        if problem and not options.skip_bad:
-            raise DataError(f"{problem}; {_SKIP_HINT.format('lines')}")
-    if not good:
-        if first_problem:
-            raise DataError(f"{first_problem}; none of the {bad} lines can be used")
-        return documents_from_pairs([]), 0
-    arguments = {"path": str(file.path), "name": file.name, "column": options.text_column}
-    return _generate(_json_documents, arguments, options), bad
-
-
-def _json_documents(path: str, name: str, column: str) -> Iterator[dict[str, str]]:
-    for number, text, problem in _json_lines(Path(path), column):
-        if problem is None:
-            yield {"text": text, "name": f"{name}:{number}"}
-
-
-def _json_lines(path: Path, column: str) -> Iterator[tuple[int, str, str | None]]:
-    """(line number, text, what is wrong or None) of every line that is not blank."""
-    number = 0
-    try:
-        with open_bytes(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    text, problem = _parse_json_line(line, column)
-                    yield number, text, f"{path}, line {number}: {problem}" if problem else None
-    except _GZIP_ERRORS as error:
-        yield number + 1, "", f"{path}, line {number + 1}: damaged gzip file ({error})"
-
-
-def _parse_json_line(line: bytes, column: str) -> tuple[str, str | None]:
-    """(text, None), or ("", what is wrong with the line)."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return "", f"not UTF-8 (byte 0x{line[error.start]:02x} at offset {error.start} of the line)"
-    except json.JSONDecodeError as error:
-        return (
-            "",
-            f"not valid JSON ({error.msg} at column {error.colno}); each line must hold one JSON object",
-        )
-    if not isinstance(row, dict):
-        return "", f"holds {_json_type(row)}; each line must hold one JSON object"
-    if column not in row:
-        return "", f"no text column {column!r}; the columns are {_names(row)}; choose one with text_column"
-    text = row[column]
-    if not isinstance(text, str):
-        return "", f"text column {column!r} holds {_json_type(text)}, not a string"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return "", f"text column {column!r} holds half a surrogate pair, which is no character"
-    return text, None
-
-
-def _json_type(value: object) -> str:
-    names = {
-        "NoneType": "null",
-        "bool": "a boolean",
-        "int": "a number",
-        "float": "a number",
-        "list": "a list",
-    }
-    return names.get(type(value).__name__, "a string" if isinstance(value, str) else "an object")
-
-
-# --------------------------------------------------------------------------------------------------- tables
-
-
-def _read_parquet_file(file: ScannedFile, options: ReadingOptions) -> tuple[Dataset, int]:
-    import datasets
-    import pyarrow.parquet
-
-    column = options.text_column
-    try:
-        columns = pyarrow.parquet.read_schema(file.path).names
-        if column not in columns:
-            raise missing_column(str(file.path), column, columns)
-        with quiet():
-            rows = datasets.load_dataset(
-                "parquet",
-                data_files=str(file.path),
-                columns=[column],
-                split="train",
-                cache_dir=options.cache_dir,
-            )
-    except DataError:
-        raise
-    except Exception as error:  # arrow and datasets errors
-        if options.skip_bad:
-            return documents_from_pairs([]), 1
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{file.path}: not a readable parquet file ({reason}); {_SKIP_HINT.format('files')}") from error
-    rows, skipped = clean_rows(rows, column, str(file.path), options.skip_bad)
-    return name_rows(rows, column, file.name), skipped
-
-
-def clean_rows(rows: Dataset, column: str, label: str, skip_bad: bool) -> tuple[Dataset, int]:
-    """Rows whose text column holds text, and how many do not.
-
-    Raises DataError when the column is missing or holds no strings, and, unless `skip_bad`, for the first
-    null.
-    """
-    if column not in rows.column_names:
-        raise missing_column(label, column, rows.column_names)
-    kind = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)
-    if kind not in ("string", "large_string"):
-        raise DataError(f"{label}: text column {column!r} holds {kind}, not strings; choose another with text_column")
-    if rows.data.column(column).null_count == 0:
-        return rows, 0
-    keep = [index for index, text in enumerate(rows[column]) if text is not None]
-    if not skip_bad:
-        row = next((i for i, k in enumerate(keep) if i != k), len(keep)) + 1
-        raise DataError(f"{label}, row {row}: text column {column!r} is null; {_SKIP_HINT.format('rows')}")
-    return rows.select(keep), len(rows) - len(keep)
-
-
-def _is_clean_text(rows: Dataset, column: str) -> bool:
-    """True when a column exists, holds strings, has no null, and all of it is UTF-8."""
-    if column not in rows.column_names or getattr(rows.features[column], "dtype", None) != "string":
-        return False
-    values = rows.data.column(column)
-    values.validate(full=True)  # raises ArrowInvalid for bytes that are not UTF-8
-    return bool(values.null_count == 0)
-
-
-def name_rows(rows: Dataset, column: str, name: str) -> Dataset:
-    """Keep the text column only, call it text, and name each row `name:1`, `name:2`, ..."""
-    rows = rows.select_columns([column])
-    if column != "text":
-        rows = rows.rename_column(column, "text")
-    named = rows.add_column("name", [f"{name}:{number}" for number in range(1, len(rows) + 1)])
-    return named if named.features == document_features() else named.cast(document_features())
-
-
-def missing_column(label: str, column: str, columns: list[str]) -> DataError:
-    """The error for a text column that is not there."""
-    return DataError(
-        f"{label}: no text column {column!r}; the columns are {_names(columns)}; choose one with text_column"
-    )
-
-
-def _names(columns: Any) -> str:
-    return ", ".join(repr(str(column)) for column in list(columns)[:20]) or "none"

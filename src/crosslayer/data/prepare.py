@@ -8,33 +8,33 @@ The two ways through this package:
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import ConfigError, DataError
 from . import cache
-from .config import (
-    DEFAULT_STREAMING_TOKENIZER_DOCUMENTS,
-    DEFAULT_STREAMING_VALIDATION_DOCUMENTS,
-    DataConfig,
-    cache_root,
-)
-from .files import documents_from_pairs, quiet
+from .config import DataConfig, cache_root
+from .files import quiet
 from .packing import BLOCK_COLUMNS, DocumentPacker, SplitStatistics
-from .sources import Documents, Source, open_source
+from .sources import Source, open_source
+from .split import (
+    BATCH,
+    all_documents,
+    first_rows,
+    is_held_out,
+    read,
+    split_documents,
+    split_stream,
+    text_batches,
+    validation_documents,
+)
 from .tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
     from transformers import PreTrainedTokenizerFast
-
-_BATCH = 128  # documents tokenised together
-_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -48,6 +48,9 @@ class DataStatistics:
 
     duplicates: int
     """Training documents left out because `validation_data` holds the same text."""
+
+    cut: int
+    """Files and rows longer than 64 KiB that became several documents."""
 
     vocab_size: int
     cache_path: str
@@ -95,7 +98,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
 def load_documents(config: DataConfig) -> Dataset | IterableDataset:
     """The documents of `config.data` in source order, columns `text` and `name`: a Dataset, or an
     IterableDataset when `streaming`. Raises DataError."""
-    return _read(open_source(config), config.max_documents).dataset
+    return read(open_source(config), config.max_documents).dataset
 
 
 def load_evaluation_data(
@@ -117,13 +120,9 @@ def load_evaluation_data(
         raise ConfigError(f"block_size={size} is too small; give at least 2 tokens")
     if part == "validation":
         held_out = config.validation_data is not None
-        documents = _validation_documents(config, open_source(config, validation=held_out), whole=held_out)
+        documents = validation_documents(config, open_source(config, validation=held_out), whole=held_out)
     else:
-        source = open_source(config)
-        documents = _materialise(_read(source, config.max_documents).dataset)
-        documents = documents.select(_with_text(documents))
-        if not len(documents):
-            raise DataError(f"{source.label}: no document holds any text")
+        documents = all_documents(config, open_source(config))
     return pack_documents(documents, tokenizer, size, pad_last=True)
 
 
@@ -156,9 +155,9 @@ def _build(
     tokenizer: PreTrainedTokenizerFast | None,
 ) -> None:
     """Write train/ (unless streaming), validation/, tokenizer/ and statistics.json into an empty folder."""
-    split = (_split_stream if config.streaming else _split)(config, source, held_out)
+    split = (split_stream if config.streaming else split_documents)(config, source, held_out)
     if tokenizer is None:
-        texts = _batches(_first(split.train, config.max_tokenizer_documents))
+        texts = text_batches(first_rows(split.train, config.max_tokenizer_documents))
         tokenizer = train_tokenizer(texts, config.tokenizer_vocab_size, config.block_size)
     tokenizer.save_pretrained(folder / "tokenizer")
 
@@ -176,6 +175,7 @@ def _build(
         "validation": asdict(validation),
         "skipped": split.skipped,
         "duplicates": split.duplicates,
+        "cut": split.cut,
         "held_out": sorted(digest.hex() for digest in split.held_out) if config.streaming else [],
     }
     (folder / "statistics.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -224,6 +224,7 @@ def _load(
         validation=SplitStatistics(**content["validation"]),
         skipped=content["skipped"],
         duplicates=content["duplicates"],
+        cut=content["cut"],
         vocab_size=len(tokenizer),
         cache_path=str(folder),
         cache_hit=cache_hit,
@@ -231,73 +232,7 @@ def _load(
     return PreparedData(train=train, validation=cast("Dataset", validation), tokenizer=tokenizer, statistics=statistics)
 
 
-# ------------------------------------------------------------------------------------------------ the split
-
-
-@dataclass
-class _Split:
-    """Documents of both sides. For a streaming source, `train` is only what the tokenizer is trained on."""
-
-    train: Dataset
-    validation: Dataset
-    held_out: frozenset[bytes]  # digests of the documents of `validation_data`; empty for a split by hash
-    skipped: int
-    duplicates: int = 0
-
-
-def text_digest(text: str) -> bytes:
-    """SHA-256 of the text: the same on every machine, in every order."""
-    return hashlib.sha256(text.encode("utf-8")).digest()
-
-
-def goes_to_validation(digest: bytes, fraction: float) -> bool:
-    """Whether a document with this digest belongs to the validation split."""
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _split(config: DataConfig, source: Source, held_out_source: Source | None) -> _Split:
-    """Split a source that lies on disk. Raises DataError when one side would be empty."""
-    documents = _read(source, config.max_documents)
-    dataset = cast("Dataset", documents.dataset)
-    whole, skipped, held_out = _held_out(config, held_out_source)
-    sides: dict[bool, list[int]] = {True: [], False: []}
-    for index, text in _texts(dataset):
-        sides[_is_held_out(text, config, held_out)].append(index)
-    train, chosen = sides[False], sides[True]
-    if not train and not chosen:
-        raise DataError(f"{source.label}: no document holds any text{_skipped_note(documents.skipped)}")
-    if whole is None:
-        _check_sides(config, source, len(train), len(chosen))
-        validation = dataset.select(chosen[: config.max_validation_documents])
-        return _Split(dataset.select(train), validation, held_out, documents.skipped)
-    if not train:
-        raise DataError(
-            f"{source.label}: each of its {len(chosen)} documents is also in validation_data, so that "
-            "none is left to train on; give another source as validation_data"
-        )
-    if chosen:
-        _log.warning("%s: left out %d documents that validation_data holds too", source.label, len(chosen))
-    return _Split(dataset.select(train), whole, held_out, documents.skipped + skipped, len(chosen))
-
-
-def _split_stream(config: DataConfig, source: Source, held_out_source: Source | None) -> _Split:
-    """Read a stream as far as needed for the validation split and for training the tokenizer."""
-    whole, skipped, held_out = _held_out(config, held_out_source)
-    want_validation = 0 if whole is not None else _validation_cap(config)
-    want_train = 1
-    if config.tokenizer is None:
-        want_train = config.max_tokenizer_documents or DEFAULT_STREAMING_TOKENIZER_DOCUMENTS
-    sides: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
-    for row in _read(source, config.max_documents).dataset:
-        if row["text"].strip():
-            in_validation = _is_held_out(row["text"], config, held_out)
-            if len(sides[in_validation]) < (want_validation if in_validation else want_train):
-                sides[in_validation].append((row["name"], row["text"]))
-            elif len(sides[not in_validation]) >= (want_train if in_validation else want_validation):
-                break
-    _check_sides(config, source, len(sides[False]), len(sides[True]) if whole is None else len(whole))
-    train, validation = (documents_from_pairs(sides[side]) for side in (False, True))
-    return _Split(train, validation if whole is None else whole, held_out, skipped)
+# ---------------------------------------------------------------------------------------------------- blocks
 
 
 def _training_stream(
@@ -310,7 +245,7 @@ def _training_stream(
     token of a block, which keeps the loss below one part in twelve even for one-token documents; for web
     pages it is one part in thousands.
     """
-    stream: Any = _read(source, config.max_documents).dataset
+    stream: Any = read(source, config.max_documents).dataset
     if config.shuffle_buffer:
         stream = stream.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
 
@@ -336,114 +271,9 @@ def _pack_batch(
 ) -> dict[str, Any]:
     """Whole blocks of the training documents in one batch, as lists: rows of a stream are handed on as they
     are."""
-    texts = [text for text in batch["text"] if text.strip() and not _is_held_out(text, config, held_out)]
+    texts = [text for text in batch["text"] if text.strip() and not is_held_out(text, config, held_out)]
     blocks = DocumentPacker(tokenizer, config.block_size).add(texts)
     return {name: column.tolist() for name, column in blocks.items()}
-
-
-def _is_held_out(text: str, config: DataConfig, held_out: frozenset[bytes]) -> bool:
-    digest = text_digest(text)
-    if config.validation_data is not None:
-        return digest in held_out
-    return goes_to_validation(digest, config.validation_fraction)
-
-
-def _validation_documents(config: DataConfig, source: Source, *, whole: bool) -> Dataset:
-    """The validation side of a source, as `prepare_data` holds it out."""
-    if whole:
-        return _whole(config, source)[0]
-    dataset: Any = _read(source, config.max_documents).dataset
-    cap = _validation_cap(config)
-    chosen: list[tuple[str, str]] = []
-    seen = 0
-    for row in dataset:
-        if row["text"].strip():
-            seen += 1
-            if goes_to_validation(text_digest(row["text"]), config.validation_fraction):
-                chosen.append((row["name"], row["text"]))
-                if len(chosen) == cap:
-                    break
-    _check_sides(config, source, seen, len(chosen))
-    return documents_from_pairs(chosen)
-
-
-def _held_out(config: DataConfig, source: Source | None) -> tuple[Dataset | None, int, frozenset[bytes]]:
-    """The documents of `validation_data`, what was skipped there, and their digests; none for a split by hash."""
-    if source is None:
-        return None, 0, frozenset()
-    dataset, skipped = _whole(config, source)
-    return dataset, skipped, frozenset(text_digest(text) for _, text in _texts(dataset))
-
-
-def _whole(config: DataConfig, source: Source) -> tuple[Dataset, int]:
-    """All of `validation_data` (up to its cap) that holds text, and what was skipped in it."""
-    documents = _read(source, _validation_cap(config))
-    dataset = _materialise(documents.dataset)
-    dataset = dataset.select(_with_text(dataset))
-    if not len(dataset):
-        raise DataError(f"{source.label}: no document holds any text{_skipped_note(documents.skipped)}")
-    return dataset, documents.skipped
-
-
-def _validation_cap(config: DataConfig) -> int:
-    unlimited = DEFAULT_STREAMING_VALIDATION_DOCUMENTS if config.streaming else 2**62
-    return config.max_validation_documents or unlimited
-
-
-def _check_sides(config: DataConfig, source: Source, train: int, validation: int) -> None:
-    if train and validation:
-        return
-    total = train + validation
-    raise DataError(
-        f"{source.label}: the split by document hash with validation_fraction={config.validation_fraction} "
-        f"leaves {train} of {total} documents for training and {validation} for validation; "
-        "give validation_data, change validation_fraction, or add documents"
-    )
-
-
-# --------------------------------------------------------------------------------------------------- pieces
-
-
-def _read(source: Source, limit: int | None) -> Documents:
-    """The documents of a source, at most `limit` of them."""
-    documents = source.read()
-    return replace(documents, dataset=_first(documents.dataset, limit))
-
-
-def _first(dataset: Any, limit: int | None) -> Any:
-    """The first `limit` rows of a Dataset or IterableDataset; all of them for None."""
-    if limit is None:
-        return dataset
-    if hasattr(dataset, "__len__"):
-        return dataset.select(range(min(limit, len(dataset))))
-    return dataset.take(limit)
-
-
-def _materialise(dataset: Dataset | IterableDataset) -> Dataset:
-    from datasets import Dataset
-
-    if isinstance(dataset, Dataset):
-        return dataset
-    return documents_from_pairs([(row["name"], row["text"]) for row in dataset])
-
-
-def _batches(dataset: Dataset) -> Iterator[list[str]]:
-    for batch in dataset.select_columns(["text"]).iter(_BATCH):
-        yield cast(dict[str, list[str]], batch)["text"]
-
-
-def _texts(dataset: Dataset) -> Iterator[tuple[int, str]]:
-    """(row, text) of every document that holds more than white space."""
-    index = 0
-    for texts in _batches(dataset):
-        for text in texts:
-            if text.strip():
-                yield index, text
-            index += 1
-
-
-def _with_text(dataset: Dataset) -> list[int]:
-    return [index for index, _ in _texts(dataset)]
 
 
 def pack_documents(
@@ -459,7 +289,7 @@ def pack_documents(
     blocks = documents.map(
         packer,
         batched=True,
-        batch_size=_BATCH,
+        batch_size=BATCH,
         with_indices=True,
         remove_columns=documents.column_names,
         features=_block_features(),
@@ -476,7 +306,3 @@ def _block_features() -> Features:
     from datasets import Features, List, Value
 
     return Features({name: List(Value("int32")) for name in BLOCK_COLUMNS})
-
-
-def _skipped_note(skipped: int) -> str:
-    return f" ({skipped} skipped as unreadable)" if skipped else ""

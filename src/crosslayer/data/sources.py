@@ -6,9 +6,9 @@ delivers its documents, a dataset with the columns `text` and `name`.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
+import logging
+import os
 import platform
 import sysconfig
 from dataclasses import dataclass
@@ -16,35 +16,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import DataError
-from .config import PYTHON_LIBRARY, DataConfig, cache_root, is_hub, parse_hub
+from .config import PYTHON_LIBRARY, DataConfig, cache_root, is_hub, local_path, parse_hub
 from .files import (
     KINDS,
     ReadingOptions,
     ScannedFile,
+    Tally,
     clean_rows,
-    document_features,
-    documents_from_pairs,
     file_kind,
     find_files,
     missing_column,
-    name_rows,
+    pieces,
     read_files,
     scan_file,
 )
+from .spool import document_features, documents_from_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 _HELP_TOPICS = "pydoc_data/topics.py"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents in source order, and how many files, lines or rows were left out as unreadable."""
+    """Documents in source order, how many files, lines or rows were left out as unreadable, how many were cut."""
 
     dataset: Dataset | IterableDataset  # columns text, name
     skipped: int
+    cut: int = 0
 
 
 class Source(Protocol):
@@ -102,11 +104,10 @@ class FileSource:
             "cut_long_text": cut_long_text,
             **(extra_identity or {}),
         }
-        content = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self._options = ReadingOptions(
             text_column=config.text_column,
             skip_bad=skip_bad,
-            cache_dir=str(cache_root(config.cache_dir) / "sources" / content),
+            cache_dir=cache_root(config.cache_dir),
             cut_long_text=cut_long_text,
         )
 
@@ -114,26 +115,28 @@ class FileSource:
         """All documents of the files in order, then the extra ones."""
         from datasets import concatenate_datasets
 
-        dataset, skipped = read_files(self._files, self._options)
+        dataset, tally = read_files(self._files, self._options)
         if self._extra:
             dataset = concatenate_datasets([dataset, documents_from_pairs(self._extra)])
-        return Documents(dataset, skipped)
+        return _documents(self.label, dataset, tally)
 
 
 def local_files(spec: str, config: DataConfig) -> FileSource:
     """A file or a folder. Raises DataError when it is missing, empty, or of an unknown kind."""
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        paths = [found for found in find_files(path) if found.stat().st_size > 0]
-        if not paths:
+    path = local_path(spec)
+    if os.path.isdir(path):  # False, not an error, for a name that no folder can have
+        files = [scan_file(found, found.relative_to(path).as_posix()) for found in find_files(path)]
+        files = [file for file in files if file.size > 0 or file.problem]
+        if not files:
             raise DataError(f"{spec}: the folder holds no text; it needs files ending in {', '.join(KINDS)}")
-        files = [scan_file(found, found.relative_to(path).as_posix()) for found in paths]
         return FileSource(spec, files, config)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{spec}: no such file or folder; give an existing one, {PYTHON_LIBRARY} or hf:owner/name")
     if file_kind(path) is None:
         raise DataError(f"{spec}: unknown kind of file; allowed are {', '.join(KINDS)}")
     file = scan_file(path, path.name)
+    if file.problem and not file.size:  # it cannot be opened
+        raise DataError(file.problem)
     if file.size == 0:
         raise DataError(f"{spec}: the file is empty; give one that holds text")
     return FileSource(spec, [file], config, cut_long_text=file.kind == "text")
@@ -170,6 +173,12 @@ def _help_topics() -> list[tuple[str, str]]:
     return [(f"{_HELP_TOPICS}#{topic}", topics[topic]) for topic in sorted(topics)]
 
 
+def _documents(label: str, dataset: Dataset, tally: Tally) -> Documents:
+    if tally.cut:
+        _log.info("%s: %d texts longer than 64 KiB were cut into documents", label, tally.cut)
+    return Documents(dataset, tally.skipped, tally.cut)
+
+
 # --------------------------------------------------------------------------------------------- hub datasets
 
 
@@ -195,9 +204,9 @@ class HubSource:
         read."""
         if self._config.streaming:
             return Documents(_stream_documents(self._rows, self._config, self.label), 0)
-        column = self._config.text_column
-        rows, skipped = clean_rows(self._rows, column, self.label, self._config.skip_bad)
-        return Documents(name_rows(rows, column, self.label), skipped)
+        config = self._config
+        options = ReadingOptions(config.text_column, config.skip_bad, cache_root(config.cache_dir))
+        return _documents(self.label, *clean_rows(self._rows, config.text_column, self.label, options))
 
 
 def _load_hub(spec: str, name: str, configuration: str | None, split: str, streaming: bool) -> Any:
@@ -242,14 +251,13 @@ def _stream_documents(rows: IterableDataset, config: DataConfig, label: str) -> 
 def _rows_to_documents(
     batch: dict[str, list[Any]], indices: list[int], *, column: str, label: str, skip_bad: bool
 ) -> dict[str, list[str]]:
-    texts, names = [], []
+    documents: list[tuple[str, str]] = []
     for text, index in zip(batch[column], indices, strict=True):
         if isinstance(text, str):
-            texts.append(text)
-            names.append(f"{label}:{index + 1}")
+            documents += pieces(f"{label}:{index + 1}", text, Tally())
         elif not skip_bad:
             raise DataError(
                 f"{label}, row {index + 1}: text column {column!r} holds no string; "
                 "choose another with text_column, or set skip_bad to leave such rows out"
             )
-    return {"text": texts, "name": names}
+    return {"text": [text for _, text in documents], "name": [name for name, _ in documents]}

@@ -10,15 +10,18 @@ as `prompt` and `completion` for instructions. Local files and hub datasets take
 from __future__ import annotations
 
 import difflib
+import logging
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, DataError
-from .config import cache_root, is_hub
-from .rows import has_split, load_rows, require_columns
+from .config import MOST_TOKENS, cache_root, empty_problem, is_hub, local_path, range_problem, source_problem
+from .fit import DEFAULT_MAX_LENGTH
+from .instructions import INSTRUCTION_COLUMNS, instruction_form, to_prompts
+from .rows import Rows, has_split, load_rows, looks_like_number, require_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 Kind = Literal["classification", "regression", "instruction"]
 KINDS: tuple[Kind, ...] = ("classification", "regression", "instruction")
 GLUE_HUB = "hf:nyu-mll/glue"
+MOST_CLASSES = 2**16
+_MANY = 2**63 - 1
+_OTHER_TEXTS = ("label_column", "cache_dir")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,8 @@ class TaskConfig:
     num_labels: int | None = None
     """Own data with numbered classes: how many there are. None = the largest in the training rows, plus 1."""
 
-    max_length: int = 128
-    """Longest input in tokens; longer ones are cut."""
+    max_length: int = DEFAULT_MAX_LENGTH
+    """Longest input in tokens; longer ones are cut. At most the model's positions, which the default gives way to."""
 
     max_train_rows: int | None = None
     """Train on a random subset of so many rows."""
@@ -119,10 +126,18 @@ class TaskConfig:
             problems.append("give a GLUE task (task=sst2), or your own data (data=FILE)")
         if not 0 < self.validation_fraction < 1:
             problems.append(f"validation_fraction={self.validation_fraction} is outside (0, 1)")
-        for name, least in (("max_length", 2), ("num_labels", 2), ("max_train_rows", 1), ("max_validation_rows", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                problems.append(f"{name}={value} is too small; give at least {least}")
+        ranges = (
+            ("max_length", 2, MOST_TOKENS),
+            ("num_labels", 2, MOST_CLASSES),
+            ("max_train_rows", 1, _MANY),
+            ("max_validation_rows", 1, _MANY),
+            ("seed", 0, _MANY),
+        )
+        problems += filter(None, (range_problem(name, getattr(self, name), *range_) for name, *range_ in ranges))
+        texts = ("train_split", "validation_split", "text_column", "text_pair_column")
+        problems += filter(None, (empty_problem(name, getattr(self, name)) for name in (*texts, *_OTHER_TEXTS)))
+        for name in ("data", "validation_data"):
+            problems += filter(None, [source_problem(name, getattr(self, name))])
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -153,39 +168,24 @@ def load_task(config: TaskConfig) -> Task:
     train, validation = _load_splits(config, source, glue)
     kind = _kind(config, train, source)
     if kind == "instruction":
-        return Task(
-            config.task or kind,
-            kind,
-            source,
-            _to_prompts(train, f"{source} (train)"),
-            _to_prompts(validation, f"{source} (validation)"),
-            (),
-            ("loss",),
-        )
-    columns, label = (glue.columns, "label") if glue else (_text_columns(config, train, source), config.label_column)
-    for rows, part in ((train, "train"), (validation, "validation")):
-        require_columns(rows, columns, f"{source} ({part})", "text_column, text_pair_column")
-        require_columns(rows, (label,), f"{source} ({part})", "label_column")
-        _check_texts(rows, columns, f"{source} ({part})")
+        return Task(config.task or kind, kind, source, to_prompts(train), to_prompts(validation), (), ("loss",))
+    columns, label = (glue.columns, "label") if glue else (_text_columns(config, train), config.label_column)
+    for rows in (train, validation):
+        require_columns(rows, columns, rows.label, "text_column, text_pair_column")
+        require_columns(rows, (label,), rows.label, "label_column")
+        _check_texts(rows, columns)
     if kind == "regression":
         names: tuple[str, ...] = ()
         to_label: Callable[[Any], Any] = float
-        for rows, part in ((train, "train"), (validation, "validation")):
-            _check_scores(rows[label], f"{source} ({part}), column {label!r}")
+        for rows in (train, validation):
+            _check_scores(rows, label)
     else:
-        names, to_label = _classes(config, glue, train, validation, label, source)
+        names, to_label = _classes(config, glue, train, validation, label)
     metrics = (
         glue.metrics if glue else {"classification": ("accuracy", "f1"), "regression": ("pearson", "spearman")}[kind]
     )
-    return Task(
-        config.task or kind,
-        kind,
-        source,
-        _to_texts(train, columns, label, to_label),
-        _to_texts(validation, columns, label, to_label),
-        names,
-        metrics,
-    )
+    prepared = [_to_texts(rows, columns, label, to_label) for rows in (train, validation)]
+    return Task(config.task or kind, kind, source, prepared[0], prepared[1], names, metrics)
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Dataset:
@@ -204,50 +204,62 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int)
 def _source(config: TaskConfig) -> str:
     if config.data is None:
         return f"{GLUE_HUB}:{config.task}"
-    inner = Path(config.data).expanduser() / (config.task or "")
+    inner = local_path(config.data) / (config.task or "")
     if config.task in GLUE and not is_hub(config.data) and not has_split(config.data, config.train_split):
-        return str(inner) if inner.is_dir() else config.data
+        return str(inner) if os.path.isdir(inner) else config.data
     return config.data
 
 
-def _load_splits(config: TaskConfig, source: str, glue: GlueTask | None) -> tuple[Dataset, Dataset]:
-    cache = cache_root(config.cache_dir) / "rows"
+def _load_splits(config: TaskConfig, source: str, glue: GlueTask | None) -> tuple[Rows, Rows]:
     split = config.validation_split or (glue.validation_split if glue else "validation")
     if config.validation_split is None and not is_hub(source) and not has_split(source, split):
         split = "validation"  # local copies of mnli that call it so
-    train = load_rows(source, config.train_split, cache_dir=cache)
+    train = _load(config, source, config.train_split, glue)
     if config.validation_data is not None:
-        validation = load_rows(config.validation_data, split, cache_dir=cache)
+        validation = _load(config, config.validation_data, split, glue)
     elif glue or config.validation_split is not None or has_split(source, split):
-        validation = load_rows(source, split, cache_dir=cache)
+        validation = _load(config, source, split, glue)
     else:
         if len(train) < 2:
             raise DataError(f"{source}: one row cannot be split into training and validation; give validation_data")
-        parts = train.train_test_split(test_size=config.validation_fraction, seed=config.seed)
-        train, validation = parts["train"], parts["test"]
+        held_out = min(math.ceil(config.validation_fraction * len(train)), len(train) - 1)
+        parts = _numbered(train).train_test_split(test_size=held_out, seed=config.seed)
+        train, validation = train.select(parts["train"]["row"]), train.select(parts["test"]["row"])
+    train, validation = replace(train, label=f"{source} (train)"), replace(validation, label=f"{source} (validation)")
     if config.max_train_rows is not None and config.max_train_rows < len(train):
-        train = train.shuffle(seed=config.seed).select(range(config.max_train_rows))
+        train = train.select(_numbered(train).shuffle(seed=config.seed)["row"][: config.max_train_rows])
     if config.max_validation_rows is not None and config.max_validation_rows < len(validation):
         validation = validation.select(range(config.max_validation_rows))
     return train, validation
 
 
-def _kind(config: TaskConfig, rows: Dataset, source: str) -> Kind:
+def _load(config: TaskConfig, source: str, split: str, glue: GlueTask | None) -> Rows:
+    label = "label" if glue else config.label_column
+    texts = glue.columns if glue else ("text", "sentence", config.text_column, config.text_pair_column)
+    wanted = {*texts, label, *INSTRUCTION_COLUMNS} - {None}
+    cache = cache_root(config.cache_dir) / "rows"
+    return load_rows(source, split, wanted, numbers=(label,), cache_dir=cache)
+
+
+def _numbered(rows: Rows) -> Dataset:
+    """Row numbers, to be drawn from as `datasets` draws rows."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"row": range(len(rows))})
+
+
+def _kind(config: TaskConfig, rows: Rows, source: str) -> Kind:
     if config.task in GLUE:
         return "classification" if GLUE[config.task].labels else "regression"
     if config.task in KINDS:
         return config.task
-    names = set(rows.column_names)
-    if any(set(columns) <= names for columns in _INSTRUCTION_FORMS):
+    if instruction_form(rows) is not None:
         return "instruction"
-    if config.label_column in names:
-        return (
-            "regression"
-            if str(getattr(rows.features[config.label_column], "dtype", "")).startswith("float")
-            else ("classification")
-        )
+    if config.label_column in rows.columns:
+        is_score = any(isinstance(value, float) for value in rows.column(config.label_column))
+        return "regression" if is_score else "classification"
     raise DataError(
-        f"{source}: columns {', '.join(map(repr, rows.column_names))} are no task: classification and regression need "
+        f"{source}: columns {', '.join(map(repr, rows.columns))} are no task: classification and regression need "
         f"a text and {config.label_column!r} (label_column), instructions need instruction and output, prompt and "
         "completion, or messages"
     )
@@ -256,101 +268,81 @@ def _kind(config: TaskConfig, rows: Dataset, source: str) -> Kind:
 # ------------------------------------------------------------------------------------ classes, scores, texts
 
 
-def _text_columns(config: TaskConfig, rows: Dataset, source: str) -> tuple[str, ...]:
-    text = config.text_column or next((name for name in ("text", "sentence") if name in rows.column_names), "text")
+def _text_columns(config: TaskConfig, rows: Rows) -> tuple[str, ...]:
+    text = config.text_column or next((name for name in ("text", "sentence") if name in rows.columns), "text")
     return (text,) if config.text_pair_column is None else (text, config.text_pair_column)
 
 
-def _check_texts(rows: Dataset, columns: tuple[str, ...], where: str) -> None:
+def _check_texts(rows: Rows, columns: tuple[str, ...]) -> None:
     for column in columns:
-        row = next((i for i, text in enumerate(rows[column]) if not isinstance(text, str)), None)
-        if row is not None:
-            raise DataError(f"{where}, row {row + 1}: column {column!r} holds {rows[row][column]!r}, not text")
+        blank = 0
+        for text, place in rows.in_file_order(column):
+            if not isinstance(text, str):
+                raise DataError(f"{rows.label}, {place}: column {column!r} holds {text!r}, not text")
+            blank += not text.strip()
+        if blank:
+            _log.warning("%s: column %r is empty in %d of %d rows", rows.label, column, blank, len(rows))
 
 
-def _check_scores(scores: list[Any], where: str) -> None:
-    for row, score in enumerate(scores, start=1):
-        is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        if not is_number:
-            raise DataError(f"{where}, row {row}: {score!r} is not a finite number, which regression needs")
+def _check_scores(rows: Rows, label: str) -> None:
+    wrong = [(score, place) for score, place in rows.in_file_order(label) if not _is_finite_number(score)]
+    if wrong:
+        # In a CSV one word makes texts of all: that word is what is wrong.
+        score, place = next((pair for pair in wrong if not looks_like_number(pair[0])), wrong[0])
+        raise DataError(
+            f"{rows.label}, column {label!r}, {place}: {score!r} is not a finite number, which regression needs"
+        )
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _classes(
-    config: TaskConfig, glue: GlueTask | None, train: Dataset, validation: Dataset, label: str, source: str
+    config: TaskConfig, glue: GlueTask | None, train: Rows, validation: Rows, label: str
 ) -> tuple[tuple[str, ...], Callable[[Any], int]]:
     """Names of the classes, and the function from a label to its id."""
-    values = train[label]
+    values = train.column(label)
     if all(isinstance(value, str) for value in values) and not (glue and not set(values) <= set(glue.labels)):
         names = glue.labels if glue else tuple(sorted(set(values)))
         ids: dict[Any, int] = {name: index for index, name in enumerate(names)}
+        blank = next((place for value, place in train.in_file_order(label) if not value.strip()), None)
+        if blank is not None:
+            raise DataError(f"{train.label}, column {label!r}, {blank}: the label is empty")
     else:
-        where = f"{source} (train), column {label!r}"
-        known_names = getattr(train.features[label], "names", None)
+        known_names = train.class_names.get(label)
         numbers = [value for value in values if type(value) in (int, bool)]
         count = len(glue.labels) if glue else config.num_labels or len(known_names or ()) or max([*numbers, 0]) + 1
+        if count > MOST_CLASSES:
+            raise DataError(
+                f"{train.label}, column {label!r}: label {count - 1} would make {count} classes; number them from 0, "
+                "give names, or name another label_column"
+            )
         names = glue.labels if glue else tuple(known_names or map(str, range(count)))
         ids = {index: index for index in range(count)}
-        _check_labels(values, ids, where)
-    _check_labels(validation[label], ids, f"{source} (validation), column {label!r}")
+        _check_labels(train, label, ids)
+    _check_labels(validation, label, ids)
     if len(names) < 2:
-        raise DataError(f"{source}: column {label!r} holds one class only ({names[0]!r}); classification needs two")
+        raise DataError(
+            f"{train.label}: column {label!r} holds one class only ({names[0]!r}); classification needs two"
+        )
     return names, ids.__getitem__
 
 
-def _check_labels(values: list[Any], ids: dict[Any, int], where: str) -> None:
-    for row, value in enumerate(values, start=1):
-        if value not in ids or isinstance(value, float):
+def _check_labels(rows: Rows, label: str, ids: dict[Any, int]) -> None:
+    for value, place in rows.in_file_order(label):
+        if not isinstance(value, str | int) or value not in ids:
             known = list(ids)
             allowed = (
                 f"{known[0]!r} to {known[-1]!r}" if isinstance(known[0], int) else ", ".join(map(repr, known[:10]))
             )
-            raise DataError(f"{where}, row {row}: label {value!r} is out of range; allowed are {allowed}")
+            raise DataError(
+                f"{rows.label}, column {label!r}, {place}: label {value!r} is out of range; allowed are {allowed}"
+            )
 
 
-def _to_texts(rows: Dataset, columns: tuple[str, ...], label: str, to_label: Callable[[Any], Any]) -> Dataset:
+def _to_texts(rows: Rows, columns: tuple[str, ...], label: str, to_label: Callable[[Any], Any]) -> Dataset:
     from datasets import Dataset
 
-    content = {name: list(rows[column]) for name, column in zip(("text", "text_pair"), columns, strict=False)}
-    return Dataset.from_dict({**content, "label": [to_label(value) for value in rows[label]]})
-
-
-# ------------------------------------------------------------------------------------------------ instructions
-
-_INSTRUCTION_FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
-
-
-def prompt_of(instruction: str, context: str = "") -> str:
-    """The prompt of an instruction: the headings of the Alpaca format, without its preamble (our choice: a small model
-    spends no context on a constant sentence)."""
-    middle = f"### Input:\n{context}\n\n" if context else ""
-    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
-
-
-def _to_prompts(rows: Dataset, where: str) -> Dataset:
-    """Any of the three forms as `prompt` and `completion`: texts, or lists of messages for `messages`."""
-    form = next((form for form in _INSTRUCTION_FORMS if set(form) <= set(rows.column_names)), None)
-    if form is None:
-        raise DataError(
-            f"{where}: columns {', '.join(map(repr, rows.column_names))} are no instruction data; needed are "
-            "instruction and output (and input), prompt and completion, or messages"
-        )
-    if form == ("messages",):
-        for number, messages in enumerate(rows["messages"], start=1):
-            if not messages or len(messages) < 2 or messages[-1].get("role") != "assistant":
-                raise DataError(f"{where}, row {number}: messages must end with an answer of the role 'assistant'")
-        return rows.map(_split_messages, remove_columns=rows.column_names)
-    for column in form:
-        for number, text in enumerate(rows[column], start=1):
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{where}, row {number}: column {column!r} holds {text!r}, not text")
-    if form == ("prompt", "completion"):
-        return rows.select_columns(list(form))
-    return rows.map(_to_prompt, remove_columns=rows.column_names)
-
-
-def _split_messages(row: dict[str, Any]) -> dict[str, Any]:
-    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
-
-
-def _to_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    return {"prompt": prompt_of(row["instruction"], row.get("input") or ""), "completion": row["output"]}
+    content = {name: rows.column(column) for name, column in zip(("text", "text_pair"), columns, strict=False)}
+    return Dataset.from_dict({**content, "label": [to_label(value) for value in rows.column(label)]})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,9 +82,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = Path(name).expanduser()
-    local = folder.exists() or name.startswith((".", "~")) or folder.is_absolute()
-    if local and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    folder = Path(os.path.expanduser(name))
+    local = os.path.exists(folder) or name.startswith((".", "~")) or folder.is_absolute()
+    if local and not any(os.path.isfile(folder / file) for file in _TOKENIZER_FILES):
         raise ConfigError(
             f"tokenizer={name!r} is not a tokenizer folder: it has none of {', '.join(_TOKENIZER_FILES)}; "
             "give a folder written by save_pretrained, a hub name, or leave it out to train one"

@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from ..data.fit import check_ids, input_length
 from ..data.tasks import Task, load_task, tokenize
 from ..errors import CheckpointError, ConfigError, TrainingError
 from ..evaluate.task_metrics import check_metrics_available, measure_task
@@ -93,11 +94,12 @@ def finetune(
     arguments = build_arguments(recipe, task, output_dir)
     set_seed(arguments.seed)
     model, tokenizer = load_base(recipe.model, task, recipe.adapter)
+    max_length = input_length(recipe.data.max_length, model)
     attached = attach(model, recipe.adapter, task.kind)
     if task.kind == "instruction":
         from .instruct import check_answers_fit
 
-        check_answers_fit(task.train, tokenizer, recipe.data.max_length)
+        check_answers_fit(task.train, tokenizer, max_length)
     plan = make_plan(recipe, task, attached.model, arguments)
     if is_main_process():
         show_plan(plan)
@@ -233,11 +235,22 @@ def load_base(name: str, task: Task, adapter: AdapterConfig) -> tuple[PreTrained
     except Exception as error:  # the hub, its client and model classes raise dozens of kinds
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"model {name!r} cannot be loaded: {reason}") from error
+    check_special(tokenizer, task, name)
+    check_ids(tokenizer, model, f"model {name!r}")
+    model.config.pad_token_id = tokenizer.pad_token_id  # a head on top reads the last token before it
+    return model, tokenizer
+
+
+def check_special(tokenizer: PreTrainedTokenizerBase, task: Task, name: str) -> None:
+    """Give the tokenizer a padding token where it has none. Raises ConfigError where it has nothing to pad or end
+    with."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    missing = "pad_token" if tokenizer.pad_token_id is None else None
+    if task.kind == "instruction" and tokenizer.eos_token_id is None:
+        missing = "eos_token"  # nothing would tell where an answer ends
+    if missing:
+        raise ConfigError(f"model {name!r}: its tokenizer has no {missing}; set one in its tokenizer_config.json")
 
 
 def build_arguments(recipe: FinetuneRecipe, task: Task, output_dir: Path) -> TrainingArguments:
@@ -330,9 +343,11 @@ def make_trainer(
     arguments: TrainingArguments,
 ) -> "SafeTrainer":
     """The Trainer of a task, with the callbacks of the method."""
+    max_length = input_length(recipe.data.max_length, attached.model)
     if task.kind == "instruction":
         from .instruct import InstructionTrainer, with_chat_template
 
+        arguments.max_length = max_length
         return InstructionTrainer(
             model=attached.model,
             args=arguments,
@@ -344,8 +359,8 @@ def make_trainer(
     return TaskTrainer(
         model=attached.model,
         args=arguments,
-        train_dataset=tokenize(task.train, tokenizer, recipe.data.max_length),
-        eval_dataset=tokenize(task.validation, tokenizer, recipe.data.max_length),
+        train_dataset=tokenize(task.train, tokenizer, max_length),
+        eval_dataset=tokenize(task.validation, tokenizer, max_length),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda prediction: measure_task(task.metrics, prediction.predictions, prediction.label_ids),

@@ -71,6 +71,7 @@ def write_finetune_report(output_dir: Path, report: FinetuneReport) -> None:
         f"{report.plan['model']}\n\n| | |\n|---|---|\n{table}\n"
         + (f"\n## Sample answers\n{answers}" if answers else ""),
         encoding="utf-8",
+        errors="backslashreplace",
     )
     if report.structure and report.blocks:
         draw_structure(output_dir / "structure.png", report.structure, report.blocks, report.steps)

@@ -20,7 +20,6 @@ before it (`--data.seed 3`).
 import dataclasses
 import difflib
 import re
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -33,8 +32,10 @@ from ..data import DataConfig, TaskConfig
 from ..errors import ConfigError
 from .methods import AdapterConfig
 from .parameter_groups import ParameterGroups
+from .values import convert, describe, load_yaml, plain
 
 Content = Mapping[str, Any]
+_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f]{1,200}")  # a folder below runs/, and nowhere else
 
 # Set by crosslayer itself; a recipe that sets them would be ignored in part, so it is refused.
 RESERVED_TRAINING_FIELDS = {
@@ -112,7 +113,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping in a recipe file, named after the file unless it has a name. Raises ConfigError."""
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"recipe {str(path)!r} does not exist; give a YAML file such as recipes/*.yaml.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -137,24 +138,24 @@ def build_finetune_recipe(content: Content, overrides: Content | None = None) ->
 
 def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) -> Any:
     problems: list[str] = []
-    known = {section: _field_types(kind, section) for section in kind.SECTIONS}
+    known = {section: field_types(kind, section) for section in kind.SECTIONS}
     sections: dict[str, dict[str, Any]] = {section: {} for section in kind.SECTIONS}
-    plain = {"name": str(content.get("name", "run"))}
-    plain.update({key: str(content[key]) for key in kind.PLAIN if content.get(key) is not None})
+    texts = {"name": "run"}
+    texts.update({key: str(content[key]) for key in kind.PLAIN if plain(content.get(key)) is not None})
 
-    for key, value in content.items():
+    for key, value in ((str(key), value) for key, value in content.items()):
         if key in kind.SECTIONS:
             if not isinstance(value, Mapping):
                 problems.append(f"section {key!r} is not a mapping")
                 continue
             for name, setting in value.items():
-                _set(sections, known, key, name, setting, problems)
+                _set(sections, known, key, str(name), setting, problems)
         elif key not in kind.PLAIN:
             problems.append(_unknown(key, (*kind.SECTIONS, *kind.PLAIN)))
 
     for key, value in (overrides or {}).items():
         if key in kind.PLAIN:
-            plain[key] = str(value)
+            texts[key] = str(value)
             continue
         section, _, name = key.rpartition(".")
         candidates = [section] if section else [s for s in kind.SECTIONS if name in known[s]]
@@ -163,14 +164,16 @@ def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) 
             continue
         _set(sections, known, candidates[0], name, value, problems)
 
-    if "model" in kind.PLAIN and "model" not in plain:
+    if "model" in kind.PLAIN and "model" not in texts:
         problems.append("model is missing; give a folder or a name on the hub")
+    if not _NAME.fullmatch(texts["name"]):
+        problems.append(f"name={texts['name']!r} is no name of a folder; leave / and a dot in front out")
     if problems:
         raise ConfigError("; ".join(problems))
     parts: dict[str, Any] = {
         section: _OWNERS.get((kind, section), dict)(**sections[section]) for section in kind.SECTIONS
     }
-    return kind(**plain, **parts)
+    return kind(**texts, **parts)
 
 
 _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
@@ -182,28 +185,7 @@ _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
 """Sections that are dataclasses of ours; the others stay mappings."""
 
 
-def parse_value(text: str) -> Any:
-    """The value of a command-line override, read as YAML: numbers, true/false, null, [lists], {mappings}, text."""
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return text
-    is_bare_mapping = isinstance(value, dict) and not text.startswith("{")  # a path or prompt with a colon
-    return text if is_bare_mapping else value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; this one reads it as a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def _field_types(kind: type[_AnyRecipe], section: str) -> dict[str, Any]:
+def field_types(kind: type[_AnyRecipe], section: str) -> dict[str, Any]:
     owner: Any = _OWNERS.get((kind, section))
     if owner is None and section == "model":
         from ..crnet.families import FAMILIES, config_class, field_names
@@ -229,35 +211,9 @@ def _set(sections: dict, known: dict, section: str, name: str, value: Any, probl
         sections[section][name] = value
         return
     try:
-        sections[section][name] = _convert(value, known[section][name])
+        sections[section][name] = convert(value, known[section][name])
     except (TypeError, ValueError):
-        problems.append(f"{section}.{name}={value!r} is not {_describe(known[section][name])}")
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """Check the plain types (bool, int, float, str, None and unions of them); leave the others to their owner."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
-    plain = [option for option in options if option in (bool, int, float, str, types.NoneType)]
-    if len(plain) < len(options):
-        return value
-    for option in plain:
-        if type(value) is option:
-            return value
-    if float in plain and type(value) is int:
-        return float(value)
-    if int in plain and type(value) is float and value.is_integer():
-        return int(value)
-    raise TypeError
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Union
-
-
-def _describe(hint: Any) -> str:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
-    return " or ".join(names.get(option, str(option)) for option in options)
+        problems.append(f"{section}.{name}={plain(value)!r} is not {describe(known[section][name])}")
 
 
 def _unknown(name: str, known: typing.Iterable[str], prefix: str = "") -> str:

@@ -73,6 +73,7 @@ def write_report(output_dir: Path, report: RunReport) -> None:
     (output_dir / "report.md").write_text(
         f"# {report.recipe['name']}\n\n{report.recipe['description']}\n\n| | |\n|---|---|\n{table}\n\n{DEFINITION}\n",
         encoding="utf-8",
+        errors="backslashreplace",
     )
     draw_loss(output_dir / "loss.png", report)
 

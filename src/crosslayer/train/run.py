@@ -7,6 +7,7 @@ output_dir/
   health.jsonl       of a CR-Net, one line per log: b, increments and gradients by layer and position
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from ..accounting import count_parameters, dense_counterpart, estimate_memory, t
 from ..analysis.health import HEALTH_FILE
 from ..crnet import crnet_config
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
+from ..data.files import printable
+from ..data.fit import check_special_tokens, ids_needed
 from ..errors import CheckpointError, ConfigError, TrainingError
 from .memory import choose_recompute, training_method, training_step
 from .recipe import Recipe, load_recipe
@@ -39,6 +42,7 @@ from .trainer import EvaluateAtTheEnd, PretrainTrainer, describe_device, last_co
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, TrainingArguments
 
+_log = logging.getLogger(__name__)
 MODEL_FOLDER = "model"
 AUTO = "auto"
 
@@ -76,11 +80,8 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
         if settings.get("recompute_interval") is not None:
             raise ConfigError("recompute=auto chooses the interval too; remove model.recompute_interval")
     if tokenizer is not None:
-        settings.setdefault("vocab_size", len(tokenizer))
-        # T5's tokenizer has 32,100 entries, the field's models 32,000: the rest are sentinels that no text yields.
-        sentinels = set(tokenizer.all_special_ids)
-        needed = max((i for i in range(len(tokenizer)) if i not in sentinels), default=-1) + 1
-        needed = max(needed, document_start_id(tokenizer) + 1, document_end_id(tokenizer) + 1)
+        needed = ids_needed(tokenizer)
+        settings.setdefault("vocab_size", max(len(tokenizer), needed))
         if settings["vocab_size"] < needed:
             raise ConfigError(
                 f"model.vocab_size={settings['vocab_size']} is below the {needed} tokens that the tokenizer can yield; "
@@ -89,14 +90,23 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
         settings.setdefault("bos_token_id", document_start_id(tokenizer))
         settings.setdefault("eos_token_id", document_end_id(tokenizer))
         settings.setdefault("pad_token_id", padding_id(tokenizer))
-        settings.setdefault("max_position_embeddings", max(recipe.data.block_size, 1024))
+        if "base" not in settings:
+            settings.setdefault("max_position_embeddings", max(recipe.data.block_size, 1024))
     base = settings.pop("base", {"model_type": "llama"})
     try:
-        return crnet_config(base, **settings)
+        config = crnet_config(base, **settings)
+        if (positions := config.max_position_embeddings) < recipe.data.block_size:
+            # What it trains on it has positions for; evaluation and generation go by this field.
+            config = crnet_config(base, **settings | {"max_position_embeddings": recipe.data.block_size})
+            if tokenizer is not None:
+                _log.info("max_position_embeddings raised from %d to block_size=%d", positions, recipe.data.block_size)
     except StrictDataclassError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         reason = " ".join(lines[1:]) or lines[0]
         raise ConfigError(reason.removeprefix("ValueError: ").removeprefix("TypeError: ")) from None
+    if tokenizer is not None:
+        check_special_tokens(tokenizer, config, "model")
+    return config
 
 
 def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
@@ -322,4 +332,4 @@ def earlier_recipe(output_dir: Path) -> dict[str, Any]:
 def _describe_data(recipe: Recipe, statistics: DataStatistics) -> dict[str, Any]:
     # Where the cache lies says nothing about the run.
     described = {k: v for k, v in asdict(statistics).items() if k not in ("cache_path", "cache_hit")}
-    return {"source": recipe.data.data, **described}
+    return {"source": printable(recipe.data.data), **described}
