@@ -2,10 +2,10 @@
 
     python benchmarks/families.py --train train.jsonl.gz --validation valid.jsonl.gz
 
-Within a study every contender has the same shape, tokenizer, data order and number of tokens; variants of CR-Net differ in
-what carries, and so only in the number of betas. The rate of the matrices is tuned by short runs for the dense model and for
-CR-Net's first variant, whose rate the other variants take. All contenders run with the first seed; those that are clearly
-worse there (2 % of perplexity behind the best variant) get no further seeds. One run at a time, on one thread; each is a
+Within a study every contender has the same shape, tokenizer, data order and number of tokens; variants of CR-Net differ
+in what carries, and so only in the number of betas. Rates are tuned by short runs for the dense model and for CR-Net's
+first variant, whose rates the other variants take. All contenders run with the first seed; those that are clearly worse
+there (2 % of perplexity behind the best variant) get no further seeds. One run at a time, on one thread; each is a
 record in the result file, so that the script goes on where it stopped.
 """
 
@@ -236,7 +236,7 @@ class Runs:
         names = list(self.study.contenders)
         variants = [name for name in names if name != "dense"]
         rates = {name: self.tune(name) for name in names if name in ("dense", variants[0])}
-        rates |= {name: rates[variants[0]] for name in variants}
+        rates |= dict.fromkeys(variants, rates[variants[0]])
         first = {name: self.run(name, rates[name], SEEDS[0], FINAL_STEPS) for name in names}
         best = min(first[name] for name in variants)
         found = {}
@@ -262,7 +262,9 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    file = ResultFile(options.output, "Perplexity of variants of CR-Net in several families, see benchmarks/families.py")
+    file = ResultFile(
+        options.output, "Perplexity of variants of CR-Net in several families, see benchmarks/families.py"
+    )
     for name in options.studies:
         summary = Runs(name, file, options).all()
         file.content.setdefault("summary", {})[name] = summary

@@ -1,9 +1,10 @@
 """Golden runs: losses and gradient norms of 20 training steps for every model case, memory policy and precision.
 
-    python tests/golden/golden_runs.py                  makes golden_runs.json anew; look at the difference before committing it
-    python tests/golden/golden_runs.py cola bias        only these cases
+    python tests/golden/golden_runs.py             makes golden_runs.json anew
+    python tests/golden/golden_runs.py cola bias   only these cases
 
-A refactoring proves itself by leaving the file as it is. A change of numerics makes it anew and says so in CHANGELOG.md.
+A refactoring proves itself by leaving the file as it is. A change of numerics makes it anew, looks at the difference,
+and says so in CHANGELOG.md.
 """
 
 import argparse
@@ -25,10 +26,7 @@ PRECISIONS = ("float32", "mixed")
 
 def run_names() -> list[str]:
     return [
-        f"{case}/{policy}/{precision}"
-        for case in CASES
-        for policy in policies_of(case)
-        for precision in PRECISIONS
+        f"{case}/{policy}/{precision}" for case in CASES for policy in policies_of(case) for precision in PRECISIONS
     ]
 
 

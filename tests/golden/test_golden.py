@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+import golden_runs
 import pytest
 import torch
 
-import golden_runs
 from crosslayer.crnet import CRNetForCausalLM
 
 GOLDEN = json.loads(golden_runs.FILE.read_text())

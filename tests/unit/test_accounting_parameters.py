@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import yaml
+from crosslayer.crnet.memory_policies import POLICIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from crosslayer.accounting import (
@@ -23,7 +24,6 @@ from crosslayer.accounting.methods import POLICY_KEEPS, keeps_state, policy_inte
 from crosslayer.accounting.shapes import POSITIONS
 from crosslayer.crnet import POSITIONS as CRNET_POSITIONS
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
-from crosslayer.crnet.memory_policies import POLICIES
 from crosslayer.errors import ConfigError
 from model_cases import CASES, config_of
 

@@ -94,7 +94,9 @@ def asked(monkeypatch):
     """Paths of the linears that ran under a graph of their own."""
     names = []
     run = OpaqueProduct.run
-    monkeypatch.setattr(OpaqueProduct, "run", lambda product, *a, **k: names.append(product.name) or run(product, *a, **k))
+    monkeypatch.setattr(
+        OpaqueProduct, "run", lambda product, *a, **k: names.append(product.name) or run(product, *a, **k)
+    )
     return names
 
 

@@ -1,6 +1,10 @@
+# ruff: noqa: F401
 """CR-Net: language models whose linear outputs build on the previous layer's (arXiv 2509.18993).
 
 Names are loaded on first use, so that the light tables (`policies`, `positions`) cost neither torch nor transformers.
+
+The files here are flat: all but this one, `families` and `registration` import only torch, transformers and each other,
+by relative imports, so that a saved checkpoint carries those that it needs and loads where crosslayer is not installed.
 """
 
 from importlib import import_module

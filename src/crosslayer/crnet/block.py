@@ -4,11 +4,11 @@
               Y_p = b Y_p of the block below + increment(x)  for each position whose linear reads x
               h   = h + Y_p                                  where the stage adds
 
-A flat file that imports only torch, transformers and its neighbours, so that a saved checkpoint can carry it. Letters:
-[B, T, D] batch, tokens, hidden size; F the output width of a position.
+Letters: [B, T, D] batch, tokens, hidden size; F the output width of a position.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class Stage:
         positions: names of the positions whose linears read what the function gives.
         adds: those of them whose outputs are added to h.
         through: path of a module that stands between Y and h where the stage adds (a norm, a dropout).
-        takes_arguments: whether the function also gets the keyword arguments of the block (masks, rotations, the cache).
+        takes_arguments: whether the function also gets the block's keyword arguments (masks, rotations, the cache).
     """
 
     reads: tuple[str, ...]
@@ -87,11 +87,13 @@ class CrossLayerBlock(GradientCheckpointingLayer):
             hidden_states, *beside = tape.run(self, hidden_states)
             self.hand_out(beside)
             return (hidden_states,)
-        Y: dict[str, torch.Tensor | None] = dict(zip(self.carried, carried, strict=False))
+        Y: dict[str, Any] = dict(zip(self.carried, carried, strict=False))
         beside, dtype = [], hidden_states.dtype
         for stage in self.stages:
             x = self.input_of(stage, hidden_states, Y, dtype, arguments)
-            dtype = x.dtype if stage.reads_h else dtype  # in which functions read Y, which may be carried in a wider one
+            dtype = (
+                x.dtype if stage.reads_h else dtype
+            )  # in which functions read Y, which may be carried in a wider one
             for name in stage.positions:
                 Y[name], *more = self.project(name, x, Y.get(name))
                 beside += more

@@ -6,11 +6,9 @@
     inversion   Y_{l-1} = (Y_l - T B) / b over Y_l, as soon as a position is done; h_{l-1} = h_l - Y, last first
     replay      Y_l = b Y_{l-1} + T B from the kept T; h by the forward's own additions
 
-Inversion in place is safe in every block: a stage reads only positions of earlier stages, and the sweep goes from the last
-to the first.
-
-A flat file that imports only torch and its neighbours, so that a saved checkpoint can carry it. Letters: [B, T, D] batch,
-tokens, hidden size; F the output width of a position; h hidden states, Y outputs of the linears.
+Inversion in place is safe in every block: a stage reads only positions of earlier stages, and the sweep goes from the
+last to the first. Letters: [B, T, D] batch, tokens, hidden size; F the output width of a position; h hidden states, Y
+outputs of the linears.
 """
 
 from collections.abc import Iterator
@@ -70,7 +68,7 @@ class Step:
     """What goes in and out of the backward of one block.
 
     Goes in: the state after the block, the hidden states before it, the gradient of its hidden states, and (G, factor)
-    of each position of the block above. Comes out: gradients by parameter name, (G, b) of this block, Y of the one below.
+    of each position of the block above. Comes out: gradients by name, (G, b) of this block, Y of the one below.
     """
 
     h_below: torch.Tensor
@@ -156,7 +154,8 @@ class BlockRun:
         """
         # First of all, where the h of two layers below was.
         h_next = torch.empty_like(h, memory_format=torch.contiguous_format)
-        Y, kept, beside, now = dict(Y_below), Kept(), [], h
+        Y, kept, now = dict(Y_below), Kept(), h
+        beside: list[torch.Tensor] = []
         for stage in self.block.stages:
             x = self._function(stage.function, stage, now, Y, kept, fresh=True).output
             kept.dtype = x.dtype if stage.reads_h else kept.dtype
@@ -173,16 +172,16 @@ class BlockRun:
 
     def _advance(self, name, x, previous, dtype, in_place: bool, kept: Kept) -> tuple[torch.Tensor, list]:
         """Y of one position, and what its module returned beside it."""
-        product, carries = self.products[name], self.block.places[name].carries
+        product, carries, beside = self.products[name], self.block.places[name].carries, list[torch.Tensor]()
         keeps = self.policy.keeps_low_rank or not carries
         out = previous if in_place and product.b is not None else None
         if isinstance(product, Product):
-            first, beside = product.first(x), []
+            first = product.first(x)
             if keeps and product.A is not None:
                 kept.first[name] = first
             if keeps and product.A is None and not carries:
                 kept.first[name] = first = product.output(first)
-                return first, beside
+                return first, []
         else:
             self._note_random_state(product.name, product.linear, x, kept)
             choice = product.choose(x)
@@ -262,7 +261,8 @@ class BlockRun:
         d_below = torch.empty_like(step.d_h, memory_format=torch.contiguous_format)
         stages = self.block.stages
         last_to_read_h = next(stage for stage in stages if stage.reads_h)
-        d_h, d_Y = step.d_h, {}
+        d_h = step.d_h
+        d_Y: Outputs = {}
         for stage in reversed(stages):
             h = self._hidden_states_at(stage, step, kept) if stage.reads_h else None
             function = self._function(stage.function, stage, h, step.Y, kept, fresh=False)

@@ -1,7 +1,4 @@
-"""Configuration of CR-Net on Llama's block (arXiv 2509.18993).
-
-A flat file that imports only transformers and its neighbours, so that a saved checkpoint can carry it and load anywhere.
-"""
+"""Configuration of CR-Net on Llama's block (arXiv 2509.18993)."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig

@@ -59,7 +59,7 @@ class CRNetDeepseekV3Config(CrossLayerFields, DeepseekV3Config):
             raise ValueError(f"num_experts_per_tok={active} is outside 1..{experts}, the number of experts.")
         if experts % groups or not 1 <= self.topk_group <= groups or active > experts // groups * self.topk_group:
             raise ValueError(
-                f"n_group={groups} and topk_group={self.topk_group} do not fit {experts} experts, {active} for each token: "
+                f"n_group={groups} and topk_group={self.topk_group} do not fit {experts} experts, {active} a token: "
                 "groups divide the experts, and those chosen hold enough of them."
             )
         if self.qk_rope_head_dim % 2:

@@ -32,7 +32,8 @@ class CRNetQwen3MoeConfig(CrossLayerFields, Qwen3MoeConfig):
     def validate_architecture(self) -> None:
         if not 1 <= self.num_experts_per_tok <= max(1, self.num_experts):
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is outside 1..{self.num_experts}, the number of experts."
+                f"num_experts_per_tok={self.num_experts_per_tok} is outside 1..{self.num_experts}, the number of "
+                "experts."
             )
         super().validate_architecture()
 

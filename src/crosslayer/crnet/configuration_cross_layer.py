@@ -1,7 +1,4 @@
-"""The fields that CR-Net adds to a configuration of transformers, whatever the family (arXiv 2509.18993).
-
-A flat file that imports only its neighbours, so that a saved checkpoint can carry it and load anywhere.
-"""
+"""The fields that CR-Net adds to a configuration of transformers, whatever the family (arXiv 2509.18993)."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -199,7 +196,9 @@ class CrossLayerFields:
             raise ValueError(f"beta_epsilon={self.beta_epsilon} must be above 0: it keeps b away from zero.")
         known = {name for layer_idx in range(self.num_hidden_layers) for name in self.positions(layer_idx)}  # type: ignore[attr-defined]
         if unknown := sorted(self.carries.keys() - known):
-            raise ValueError(f"carries names positions {unknown} that the model has not; it has {', '.join(sorted(known))}.")
+            raise ValueError(
+                f"carries names positions {unknown} that the model has not; it has {', '.join(sorted(known))}."
+            )
         self._validate_ranks()
 
     def _validate_recompute(self) -> None:
@@ -251,16 +250,14 @@ class CrossLayerFields:
     def _check_rank(self, rank: int, name: str, place: Position) -> None:
         shape = f"{place.matrices[0][0]} x {place.matrices[0][1]}"
         change = "change `rank`, `rank_pattern` or `first_layer_rank`"
-        if self.crosslayer_format == 1:
-            limit = min(place.in_features, place.out_features)
-        else:
-            limit = place.largest_rank
+        is_old = self.crosslayer_format == 1
+        limit = min(place.in_features, place.out_features) if is_old else place.largest_rank
         if rank < 1 or limit < 1:
             raise ValueError(f"rank={rank} of {name} ({shape}) is outside 1..{max(limit, 0)}; {change}.")
         if rank > limit:
             raise ValueError(
-                f"rank={rank} of {name} ({shape}) saves nothing: its factors have fewer parameters than the matrix up to "
-                f"rank {limit}; {change}."
+                f"rank={rank} of {name} ({shape}) saves nothing: its factors have fewer parameters than the matrix up "
+                f"to rank {limit}; {change}."
             )
 
 

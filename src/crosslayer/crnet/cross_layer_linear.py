@@ -4,9 +4,8 @@
                                   ▲
     Y_{l-1} ──────── · b ─────────┘
 
-A flat file that imports only torch and its neighbours, so that a saved checkpoint can carry it. Shapes: [..., in] is the
-input, [..., out] the output, r the rank. A and B are `nn.Linear`, so that LoRA, quantisation and
-`target_modules="all-linear"` see them.
+Shapes: [..., in] is the input, [..., out] the output, r the rank. A and B are `nn.Linear`, so that LoRA, quantisation
+and `target_modules="all-linear"` see them.
 """
 
 import torch
@@ -89,7 +88,11 @@ class CrossLayerLinear(LowRankLinear):
         if is_row(x):
             return torch.add(self.increment(x), previous, alpha=self.b().item())
         low_rank = self.low_rank(x)
-        if low_rank.dtype != previous.dtype or type(low_rank) is not torch.Tensor or not is_bare(self.B, low_rank.dtype):
+        if (
+            low_rank.dtype != previous.dtype
+            or type(low_rank) is not torch.Tensor
+            or not is_bare(self.B, low_rank.dtype)
+        ):
             return self.b() * previous + self.B(low_rank)
         # The sum as part of the product, as in training (product.py): the same bits, and one pass over Y less.
         carried = (self.b() * previous).reshape(-1, previous.shape[-1])

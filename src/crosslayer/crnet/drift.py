@@ -1,7 +1,4 @@
-"""How far rebuilt states may be off: estimated on the way up, measured on the way down.
-
-A flat file that imports only torch, so that a saved checkpoint can carry it.
-"""
+"""How far rebuilt states may be off: estimated on the way up, measured on the way down."""
 
 import torch
 

@@ -1,14 +1,12 @@
 """What a block computes between its linears: norms, the gate of an MLP, attention.
 
-Nothing here owns a linear's arithmetic: linears hang on these modules under transformers' names, and the block (block.py)
-calls them. Attention is cut in two, `prepare` (heads, rotation: cheap, made again for the backward) and `core` (what it saves
-may wait).
-
-A flat file that imports only torch and transformers, so that a saved checkpoint can carry it. Letters: [B, T, D] batch,
-tokens, hidden size; F the output width of a position.
+Linears hang on these modules under transformers' names; the block (block.py) calls them. Attention is cut in two,
+`prepare` (heads, rotation: cheap, made again for the backward) and `core` (what it saves may wait). Letters: [B, T, D]
+batch, tokens, hidden size; F the output width of a position.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,9 +108,7 @@ class Attention(nn.Module):
         self.sliding_window = shape.window
         self.is_causal = True
 
-    def prepare(
-        self, y_q: torch.Tensor, y_k: torch.Tensor, y_v: torch.Tensor, position_embeddings=None, **arguments
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def prepare(self, y_q, y_k, y_v, position_embeddings=None, **arguments: Any) -> tuple[torch.Tensor, ...]:
         """Y_q, Y_k, Y_v -> queries [B, heads, T, head_dim], keys and values [B, key-value heads, T, head_dim]."""
         query, key, value = (y.view(*y.shape[:-1], -1, self.head_dim) for y in (y_q, y_k, y_v))
         query, key = self.normalise(query, key)
@@ -126,9 +122,10 @@ class Attention(nn.Module):
         return query, key
 
     def core(
-        self, query, key, value, attention_mask=None, past_key_values=None, position_embeddings=None, **arguments
+        self, query, key, value, past_key_values=None, attention_mask=None, **arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns (attended values [B, T, heads * head_dim], attention weights or None)."""
+        arguments.pop("position_embeddings", None)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if self.sliding_window is not None:

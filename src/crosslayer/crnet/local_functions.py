@@ -10,8 +10,7 @@
 Fresh memory is what elementwise work costs on a CPU: a new [1024, 1376] float32 tensor takes a page fault every 4 KiB,
 longer than the multiplication that fills it. Whatever does not outlive a layer is therefore written into `Scratch`.
 
-A flat file that imports only torch, transformers and its neighbours, so that a saved checkpoint can carry it. Letters:
-[B, T, D] batch, tokens, hidden size; F the output width of a position; h hidden states, Y outputs of the linears.
+Letters: [B, T, D] batch, tokens, hidden size; F the output width of a position; h hidden states, Y outputs of linears.
 """
 
 import math
@@ -115,9 +114,7 @@ class GateGradient:
     def __init__(self, name: str, mlp: GatedMLP, inputs: Sequence[torch.Tensor], scratch: Scratch) -> None:
         self.gate, self.up = inputs
         self.activated = torch.ops.aten.silu.out(self.gate, out=scratch.get((name, "act"), self.gate.shape, self.gate))
-        self.output = torch.mul(
-            self.activated, self.up, out=scratch.get((name, "output"), self.gate.shape, self.gate)
-        )
+        self.output = torch.mul(self.activated, self.up, out=scratch.get((name, "output"), self.gate.shape, self.gate))
 
     @staticmethod
     def fits(mlp: GatedMLP) -> bool:
@@ -186,9 +183,8 @@ class LocalGraph:
             retain_graph=found.keep_graph,
             allow_unused=True,
         )
-        inputs = gradients[: len(self.leaves)]
         found.found |= {n: d for n, d in zip(names, gradients[len(self.leaves) :], strict=True) if d is not None}
-        inputs = [torch.zeros_like(leaf) if d is None else d for leaf, d in zip(self.leaves, inputs, strict=True)]
+        inputs = [torch.zeros_like(leaf) if d is None else d for leaf, d in zip(self.leaves, gradients, strict=False)]
         if add_to is not None:
             return (torch.add(add_to, inputs[0], out=out),)
         return tuple(inputs)

@@ -1,7 +1,6 @@
-"""The loss of a language model without its logits.
+"""The loss of a language model without its logits."""
 
-A flat file that imports only torch and its neighbours, so that a saved checkpoint can carry it.
-"""
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from .decode_rows import is_watched
 
 def fused_cross_entropy(
     hidden_states: torch.Tensor,
-    lm_head: nn.Module,
+    lm_head: Any,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
@@ -50,7 +49,7 @@ def fused_cross_entropy(
     return loss / num_items_in_batch
 
 
-def _takes_chunks(lm_head: nn.Module) -> bool:
+def _takes_chunks(lm_head: Any) -> bool:
     if not hasattr(nn, "LinearCrossEntropyOptions") or torch.compiler.is_compiling():
         return False
     return type(lm_head) is nn.Linear and not is_watched(lm_head) and lm_head.weight.device.type != "meta"

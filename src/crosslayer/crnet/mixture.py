@@ -1,11 +1,12 @@
 """A mixture of experts as one position of CR-Net: Y_l = b Y_{l-1} + sum_k w_k E_k(x).
 
-The mixture carries as a whole, since an output of one token from one expert has no predecessor: the block below may have sent
-the token elsewhere. Its experts' matrices are low rank, in transformers' grouped form: one product over all experts.
-
-A flat file that imports only torch, transformers and its neighbours, so that a saved checkpoint can carry it. Letters:
-[B, T, D] batch, tokens, hidden size; S (token, expert) pairs, k experts a token, E experts, F their width, r the rank.
+The mixture carries as a whole, since an output of one token from one expert has no predecessor: the block below may
+have sent the token elsewhere. Its experts' matrices are low rank, in transformers' grouped form: one product over all
+experts. Letters: [B, T, D] batch, tokens, hidden size; S (token, expert) pairs, k experts a token, E experts, F their
+width, r the rank.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from .cross_layer_linear import GIVES_INCREMENT, b_of
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """x [S, in], its rows sorted by expert, with weight [E, out, in] -> [S, out]; torch's grouped product has no float64."""
+    """x [S, in], sorted by expert, with weight [E, out, in] -> [S, out]; torch's grouped product has no float64."""
     if weight.dtype == torch.float64:
         return torch.ops.transformers.grouped_mm_fallback(x, weight.transpose(-2, -1), offs=ends)
     return _grouped_linear(x, weight, ends)
@@ -66,9 +67,9 @@ class CrossLayerMixture(nn.Module):
         beta: (init, epsilon, trainable), or None.
     """
 
-    def __init__(self, router: nn.Module, experts: nn.Module, beta: tuple | None) -> None:
+    def __init__(self, router: Any, experts: nn.Module, beta: tuple | None) -> None:
         super().__init__()
-        self.gate = router
+        self.gate: Any = router
         self.experts = experts
         if beta is not None:
             self.beta_init, self.beta_epsilon, trainable = beta
@@ -118,7 +119,7 @@ def build_mixture(config, layer_idx: int, router: nn.Module, dense_experts: type
 
 @torch.no_grad()
 def init_mixture(module: nn.Module, std: float) -> None:
-    """Routers and dense experts as transformers; low-rank ones as `_init_weights` does linears, B = 0 where they carry."""
+    """Routers and dense experts as transformers; low-rank ones as `_init_weights` does linears, B = 0 if they carry."""
     if isinstance(module, CrossLayerMixture):
         init.normal_(module.gate.weight, std=std)
         if hasattr(module, "beta"):

@@ -4,8 +4,7 @@ A family's modelling file names its configuration and its block, and says what i
 shortest). Everything that is not CR-Net's (rotary embeddings, masks, caches, the attention interface, the loss) is
 transformers'. With `factorization="dense"` a model is transformers' own of that family.
 
-A flat file that imports only torch, transformers and its neighbours, so that a saved checkpoint can carry it. Letters:
-[B, T, D] batch, tokens, hidden size; V vocabulary.
+Letters: [B, T, D] batch, tokens, hidden size; V vocabulary.
 """
 
 from inspect import unwrap
@@ -94,7 +93,7 @@ class CrossLayerPreTrainedModel(PreTrainedModel):
         """
         config, model = self.config, self.base_model
         before = config.recompute, config.recompute_interval
-        config.recompute, config.recompute_interval = current_name(recompute), interval  # type: ignore[assignment]
+        config.recompute, config.recompute_interval = current_name(recompute), interval
         try:
             config.validate_architecture()
         except ValueError:
@@ -289,7 +288,9 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
             if policy != "none":
                 logger.warning_once(f"output_attentions: this call runs without recompute={policy!r}.")
             return False
-        if any(unwrap(type(layer).forward) is not unwrap(CrossLayerBlock.forward) for layer in map(_inner, self.blocks)):
+        if any(
+            unwrap(type(layer).forward) is not unwrap(CrossLayerBlock.forward) for layer in map(_inner, self.blocks)
+        ):
             logger.warning_once(f"A block with a forward of its own: training runs without recompute={policy!r}.")
             return False
         return torch.compiler.is_compiling() or type(hidden_states) is torch.Tensor  # no fake tensor, no DTensor
@@ -369,8 +370,10 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
         """[B, T, D] -> logits [B, T, V]."""
         return self.lm_head(hidden_states)
 
-    has_plain_head = True
-    """Whether the logits are the head's product and nothing more, so that the fused loss applies."""
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the logits are the head's product and nothing more, so that the fused loss applies."""
+        return True
 
     @can_return_tuple
     def forward(

@@ -1,7 +1,4 @@
-"""CR-Net on Llama's block: CRNetModel, CRNetForCausalLM, CRNetForSequenceClassification.
-
-A flat file that imports only its neighbours, so that a saved checkpoint can carry it.
-"""
+"""CR-Net on Llama's block: CRNetModel, CRNetForCausalLM, CRNetForSequenceClassification."""
 
 from .block import CrossLayerBlock, Stage
 from .configuration_crnet import CRNetConfig
@@ -20,7 +17,7 @@ class CRNetDecoderLayer(CrossLayerBlock):
     attention_class = Attention
     norm_class = CarriedRMSNorm
     activation_field = "hidden_act"
-    stages = (
+    stages: tuple[Stage, ...] = (
         Stage(("h",), "input_layernorm", ("q", "k", "v")),
         Stage(("q", "k", "v"), "self_attn", ("o",), adds=("o",), takes_arguments=True),
         Stage(("h",), "post_attention_layernorm", ("gate", "up")),

@@ -76,7 +76,10 @@ class CRNetCohereModel(CrossLayerModel, CRNetCoherePreTrainedModel):
 
 class CRNetCohereForCausalLM(CrossLayerForCausalLM, CRNetCoherePreTrainedModel):
     body_class = CRNetCohereModel
-    has_plain_head = False
+
+    @property
+    def has_plain_head(self) -> bool:
+        return False
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return super().head(hidden_states) * self.config.logit_scale

@@ -44,7 +44,7 @@ class CRNetDeepseekV3Attention(Attention):
             self.q_a_layernorm = CRNetDeepseekV3LatentRMSNorm(config.q_lora_rank)
         self.kv_a_layernorm = CRNetDeepseekV3LatentRMSNorm(config.kv_lora_rank)
 
-    def prepare(self, y_q, y_kv_a, y_kv_b, position_embeddings=None, past_key_values=None, **arguments):
+    def prepare(self, y_q, y_kv_a, y_kv_b, position_embeddings=None, past_key_values=None, **arguments):  # type: ignore
         """Y_q [B, T, heads * key_dim], Y_kv_a [B, T, latent + rotated], Y_kv_b -> queries, keys and values by head.
 
         With a cache it holds latents where these say all, [B, 1, T, latent] and [B, 1, T, rotated].
@@ -58,17 +58,18 @@ class CRNetDeepseekV3Attention(Attention):
         if past_key_values is not None and self.caches_latent:
             latent = self.kv_a_layernorm(y_kv_a).unsqueeze(1)
             latent, key_rotated = past_key_values.update(latent, key_rotated, self.layer_idx)
-            y_kv_b = self.kv_b_proj(latent.squeeze(1))
-        key, value = y_kv_b.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2).split(
-            [config.qk_nope_head_dim, config.v_head_dim], -1
+            y_kv_b = self.kv_b_proj(latent.squeeze(1))  # type: ignore[operator]
+        key, value = (
+            y_kv_b.unflatten(-1, (config.num_attention_heads, -1))
+            .transpose(1, 2)
+            .split([config.qk_nope_head_dim, config.v_head_dim], -1)
         )
         key_rotated = key_rotated.expand(-1, key.shape[1], -1, -1)
         return torch.cat([query, query_rotated], -1), torch.cat([key, key_rotated], -1), value
 
-    def core(self, query, key, value, past_key_values=None, **arguments):
-        return super().core(
-            query, key, value, past_key_values=None if self.caches_latent else past_key_values, **arguments
-        )
+    def core(self, query, key, value, past_key_values=None, attention_mask=None, **arguments):
+        cache = None if self.caches_latent else past_key_values
+        return super().core(query, key, value, cache, attention_mask, **arguments)
 
 
 class CRNetDeepseekV3Router(DeepseekV3TopkRouter):
@@ -94,12 +95,11 @@ class CRNetDeepseekV3DecoderLayer(CRNetDecoderLayer):
                 Stage(("h",), "post_attention_layernorm", positions, adds=("experts",)),
                 Stage(("shared_gate", "shared_up"), "mlp.shared_experts", ("shared_down",), adds=("shared_down",)),
             )
-        query, norms = "q", ()
-        if config.q_lora_rank is not None:
-            query, norms = "q_b", (Stage(("q_a",), "self_attn.q_a_layernorm", ("q_b",)),)
+        query, first = ("q", "q") if config.q_lora_rank is None else ("q_b", "q_a")
+        norm_of_query = Stage(("q_a",), "self_attn.q_a_layernorm", ("q_b",))
         self.stages = (
-            Stage(("h",), "input_layernorm", ("q" if query == "q" else "q_a", "kv_a")),
-            *norms,
+            Stage(("h",), "input_layernorm", (first, "kv_a")),
+            *([] if query == first else [norm_of_query]),
             Stage(("kv_a",), "self_attn.kv_a_layernorm", ("kv_b",)),
             Stage((query, "kv_a", "kv_b"), "self_attn", ("o",), adds=("o",), takes_arguments=True),
             *mlp,

@@ -63,7 +63,7 @@ class CRNetGPT2PreTrainedModel(CrossLayerPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the other families; dense matrices that write to h are smaller by the root of their number, as in GPT-2."""
+        """As the other families; dense matrices that write to h are smaller by the root of their number (GPT-2)."""
         super()._init_weights(module)
         if isinstance(module, CRNetGPT2Attention | CRNetGPT2MLP) and type(module.c_proj) is nn.Linear:
             init.normal_(module.c_proj.weight, std=self.config.initializer_range / (2 * self.config.n_layer) ** 0.5)

@@ -85,8 +85,8 @@ def check_policy(policy: str, factorization: str) -> None:
         return
     if factorization == "dense":
         raise ValueError(
-            f"recompute={policy!r} needs low-rank linears to rebuild states from; factorization='dense' has none. Remove "
-            "it; activation_checkpointing=True checkpoints whole layers there."
+            f"recompute={policy!r} needs low-rank linears to rebuild states from; factorization='dense' has none. "
+            "Remove it; activation_checkpointing=True checkpoints whole layers there."
         )
     raise ValueError(
         f"recompute={policy!r} belongs to factorization='cross_layer'; with {factorization!r} it would keep as much as "

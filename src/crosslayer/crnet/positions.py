@@ -54,8 +54,8 @@ class Position:
     def default_rank(self, hidden_size: int) -> int:
         """A quarter of the hidden size (arXiv 2509.18993), and no more than half of what would save nothing.
 
-        The second bound is our choice: in narrow matrices, such as fine-grained experts or shared keys, a quarter of the
-        hidden size has more parameters than the matrix.
+        The second bound is our choice: in narrow matrices, such as fine-grained experts or shared keys, a quarter of
+        the hidden size has more parameters than the matrix.
         """
         half = min(i * o // (2 * (i + o)) for i, o, _ in self.matrices)
         return max(1, min(hidden_size // 4, half))
@@ -63,7 +63,7 @@ class Position:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Heads of a block's attention: queries and keys `key_dim` wide, values `value_dim`; `window` tokens if it slides."""
+    """Heads of a block's attention: queries and keys `key_dim` wide, values `value_dim`; `window` where it slides."""
 
     heads: int
     key_value_heads: int

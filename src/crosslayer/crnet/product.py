@@ -4,12 +4,11 @@
     backward    dT = G B^T    dB = T^T G    dX = dU A^T    dA = X^T dU          G the gradient of Y_l
     inversion   Y_{l-1} = (Y_l - T B) / b                                       (arXiv 2509.18993, Algorithm 1)
 
-What is kept of it is the smallest tensor from which the increment follows by a cheap known map: U where A and B are plain
-linears; the increment itself where anything replaced or watches them (LoRA, quantisation, hooks) or where there is more to it
-(a mixture of experts). Those are `OpaqueProduct`s: asked under a graph of their own, never bypassed.
+What is kept of it is the smallest tensor from which the increment follows by a cheap known map: U where A and B are
+plain linears; the increment itself where anything replaced or watches them (LoRA, quantisation, hooks), or where there
+is more to it (a mixture of experts). Those are `OpaqueProduct`s: asked under a graph of their own, never bypassed.
 
-A flat file that imports only torch and its neighbours, so that a saved checkpoint can carry it. Letters: [B, T, D] batch,
-tokens, hidden size; F the output width of a position, r the rank.
+Letters: [B, T, D] batch, tokens, hidden size; F the output width of a position, r the rank.
 """
 
 from typing import Any
@@ -148,7 +147,9 @@ class OpaqueProduct:
     (`needs_previous`).
     """
 
-    def __init__(self, name: str, linear: Any, b: float | None, builds_on_previous: bool, parameters, call: Call) -> None:
+    def __init__(
+        self, name: str, linear: Any, b: float | None, builds_on_previous: bool, parameters, call: Call
+    ) -> None:
         self.name, self.linear, self.b, self.call = name, linear, b, call
         self.parameters: dict[str, torch.Tensor] = parameters
         self.needs_previous = builds_on_previous and b is None
@@ -166,10 +167,10 @@ class OpaqueProduct:
     ) -> LocalGraph:
         """The increment, or all of Y_l where it `needs_previous`."""
         function = self.linear if self.b is None and choice is None else self.linear.increment
-        inputs = (x.clone() if waits else x,)  # x lies in memory that the next layer writes over
+        inputs = [x.clone() if waits else x]  # x lies in memory that the next layer writes over
         if self.needs_previous:
             assert previous is not None
-            inputs += (previous,)
+            inputs.append(previous)
         arguments = {} if choice is None else {"choice": choice}
         with self.call.autocast():
             return LocalGraph(lambda *tensors: function(*tensors, **arguments), inputs, self.parameters, waits)

@@ -1,7 +1,4 @@
-"""Random numbers as they were: what dropped something in the forward drops the same when it is run again.
-
-A flat file that imports only torch, so that a saved checkpoint can carry it.
-"""
+"""Random numbers as they were: what dropped something in the forward drops the same when it is run again."""
 
 from contextlib import contextmanager
 

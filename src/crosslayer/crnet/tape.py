@@ -9,8 +9,6 @@ autograd, Y and its gradient through the tape.
 Rounding errors grow by 1/|b| with each inversion (arXiv 2509.18993, section on recomputation): `invert` and
 `reversible` keep a state before the estimate passes `recompute_error_bound`, and measure the drift wherever they come
 down upon a kept one. Training only: evaluation and generation never pass here.
-
-A flat file that imports only torch, transformers and its neighbours, so that a saved checkpoint can carry it.
 """
 
 from contextlib import contextmanager
@@ -280,7 +278,7 @@ class Tape:
 
 
 class _LayerFunction(torch.autograd.Function):
-    """One layer for autograd: h_{l-1} and the layer's parameters -> h_l, and what lies beside. The rest is the tape's."""
+    """One layer for autograd: h_{l-1} and its parameters -> h_l, and what lies beside. The rest is the tape's."""
 
     @staticmethod
     def forward(ctx, tape: Tape, index: int, h: torch.Tensor, names: tuple[str, ...], *parameters: torch.Tensor):
