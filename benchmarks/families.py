@@ -26,11 +26,11 @@ from result_file import ResultFile
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 BLOCK_SIZE, BATCH_SIZE, VOCABULARY = 256, 4, 2048
-TUNING_STEPS, FINAL_STEPS = 100, 500
+TUNING_STEPS, FINAL_STEPS = 100, 400
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 CLEARLY_WORSE = 1.02
 BASE_RATE, EMBEDDING_RATE = 1e-3, 8e-3
-RATES = {"full_rank": (2.5e-4, 5e-4, 1e-3, 2e-3), "low_rank": (1e-3, 2e-3, 4e-3)}
+START = {"full_rank": 2.5e-4, "low_rank": 1e-3}
 
 WIDTHS = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
 MOE = {"moe_intermediate_size": 96, "num_experts_per_tok": 2}
@@ -222,14 +222,24 @@ class Runs:
         return found["perplexity"]
 
     def tune(self, contender: str) -> dict[str, float]:
-        """Rates with the lowest perplexity after short runs: of the full-rank matrices, then of the factors."""
-        is_dense = contender == "dense"
-        best = {"full_rank": 5e-4} if is_dense else {"full_rank": 5e-4, "low_rank": 2e-3}
-        for group in ("full_rank",) if is_dense else ("low_rank", "full_rank"):
-            tried = {
-                rate: self.run(contender, best | {group: rate}, TUNING_SEED, TUNING_STEPS) for rate in RATES[group]
-            }
-            best[group] = min(tried, key=lambda rate: tried[rate])
+        """Rates with the lowest perplexity after short runs: of the factors, then of the full-rank matrices.
+
+        In steps of two from `START` until the best one has a worse neighbour on both sides.
+        """
+        groups = ("full_rank",) if contender == "dense" else ("low_rank", "full_rank")
+        best = {group: START[group] for group in groups}
+        for group in groups:
+            tried: dict[float, float] = {}
+
+            def perplexity(rate: float, group=group, tried=tried) -> float:
+                if rate not in tried:
+                    tried[rate] = self.run(contender, best | {group: rate}, TUNING_SEED, TUNING_STEPS)
+                return tried[rate]
+
+            rate = START[group]
+            while min(perplexity(rate / 2), perplexity(2 * rate)) < perplexity(rate):
+                rate = rate / 2 if perplexity(rate / 2) < perplexity(2 * rate) else 2 * rate
+            best[group] = rate
         return best
 
     def all(self) -> dict[str, Any]:
