@@ -7,9 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crosslayer.accounting import Adapter, Method, Shape, count_operations, count_parameters, training_flops_per_token
 from crosslayer.accounting.flops import optimizer_operations
-from crosslayer.accounting.shapes import POSITIONS
 from crosslayer.analysis import OperationCounter
-from crosslayer.crnet import CRNetForCausalLM
+from crosslayer.crnet import POSITIONS, CRNetForCausalLM
 from model_cases import config_of
 from peer_models import Residual, llama, sltrain_model
 

@@ -120,8 +120,8 @@ def test_first_layer_rank():
         ({"rank": -3}, "rank=-3 of layers.1.q (48 x 48) is outside 1..23"),
         (
             {"rank": 20, "num_attention_heads": 6, "num_key_value_heads": 2},
-            "rank=20 of layers.1.k (48 x 16) saves nothing: its factors have fewer parameters than the matrix up to rank "
-            "11",
+            "rank=20 of layers.1.k (48 x 16) saves nothing: its factors have fewer parameters than the matrix up to "
+            "rank 11",
         ),
         ({"rank_pattern": {r"layers\.2\.down": 64}}, "rank=64 of layers.2.down (130 x 48) saves nothing"),
         ({"first_layer_rank": 0}, "rank=0 of layers.0.q (48 x 48) is outside 1..23"),
