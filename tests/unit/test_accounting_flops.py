@@ -41,6 +41,15 @@ def test_on_autograd(factorization, checkpointing, attention, heads):
     assert counted(model) == count_operations(model.config, TOKENS, method).matrix_products
 
 
+@pytest.mark.parametrize("interval", [None, 1, 2, 5])
+@pytest.mark.parametrize("policy", ["invert", "replay"])
+@pytest.mark.parametrize("factorization", ["cola", "low_rank"])
+def test_policies_where_nothing_carries(factorization, policy, interval):
+    model = trained(factorization=factorization, recompute=policy, recompute_interval=interval)
+    expected = count_operations(model.config, TOKENS, Method(recompute=policy, interval=interval))
+    assert counted(model) == expected.matrix_products
+
+
 @pytest.mark.parametrize("interval", [None, 2, 3])
 @pytest.mark.parametrize("policy", ["none", "invert", "replay", "reversible"])
 def test_with_every_memory_policy(policy, interval):

@@ -174,7 +174,7 @@ def test_a_shape_has_no_opinion_on_where_it_comes_from():
         (lambda: Shape.of({"hidden_size": 0}), "hidden_size=0"),
         (
             lambda: Shape.of({"model_type": "phi3"}),
-            "model_type='phi3' is not read from its fields; allowed: ",
+            "model_type='phi3' is not supported; supported are llama, ",
         ),
         (lambda: Shape.of({"rank_pattern": {"query": 3}}), "match no low-rank linear"),
         (lambda: Shape.of({"rank": 5000}), "rank=5000 of layers.1.q .4096 x 4096. saves nothing"),

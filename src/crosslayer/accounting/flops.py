@@ -138,8 +138,9 @@ def _products_again(shape: Shape, method: Method, layer_idx: int, T: int) -> Ite
     replay      every product with B of a layer whose state was not kept; attention of all
     reversible  every product with A and B; attention
 
-    The Y of a position that does not carry is in no state: its product with B comes again under each of the last three.
-    A mixture of experts runs again as a whole.
+    The Y of a position that does not carry is in no state: its product with B comes again under each of the last three,
+    and where `replay` makes a state. A mixture of experts runs again as a whole, and its router once more under every
+    policy, since the choice is made ahead.
     """
     layer = shape.layers[layer_idx]
     attention = T * (layer.query_width + layer.value_width)
@@ -159,11 +160,13 @@ def _products_again(shape: Shape, method: Method, layer_idx: int, T: int) -> Ite
         is_at_hand = layer_idx == layers - 1 or keeps_state(shape, method, layer_idx)
         for name, linear in layer.linears.items():
             if linear.is_mixture:
-                yield "layers", 0 if policy.keeps_attention else sum(linears[name]) + linear.router
+                again = 0 if policy.name == "none" else sum(linears[name]) + linear.router
+                yield "layers", linear.router + again
             elif linear.rank is None or (linear.carries and not linear.builds):
                 continue  # its input is at hand, and so is its Y
             elif not linear.carries:
-                yield "layers", linears[name][-1]
+                times = (policy.name != "none") + (policy.name == "replay" and not is_at_hand)
+                yield "layers", times * linears[name][-1]
             else:
                 if policy.inverts or not is_at_hand:
                     yield "layers", linears[name][-1]

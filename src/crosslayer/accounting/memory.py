@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .kept import keeps_state, residual_bytes, saved_bytes, state_bytes
+from .kept import keeps_state, live_state_bytes, residual_bytes, saved_by_autograd, saved_bytes, state_bytes
 from .methods import Method, policy_of
 from .parameters import (
     count_adapter_parameters,
@@ -54,7 +54,7 @@ def walk(shape: Shape, step: Step, method: Method) -> Iterator[tuple[str, dict[s
     fixed = {"weights": sizes.weights, "optimizer": sizes.states}
 
     logits, around_loss = sizes.loss()
-    live = 0.0 if sizes.policy is None else sizes.live_state()
+    live = sizes.live_state()
     yield (
         "loss",
         {
@@ -218,7 +218,7 @@ class _Sizes:
 
     def inputs(self) -> float:
         """Token ids and the rotary tables, which live as long as the graph."""
-        carry = self.carry if self.shape.factorization == "cross_layer" else self.step.precision.weights
+        carry = residual_bytes(self.shape, self.step)
         return 8 * self.step.tokens + 2 * self.step.sequence * self.shape.layers[0].attention.key_dim * carry
 
     def elsewhere(self) -> float:
@@ -243,8 +243,8 @@ class _Sizes:
         return 2 * 4 * vocabulary * chunk, head + n * self.shape.hidden_size * p.products
 
     def live_state(self) -> float:
-        """CR-Net's live state of the last layer."""
-        return self.step.tokens * state_bytes(self.shape, self.step)
+        """The live state of the last layer."""
+        return self.step.tokens * live_state_bytes(self.shape, self.step, self.method)
 
     def backward(self, layer: int) -> list[tuple[str, float, float]]:
         """(phase, live, temporary) at each peak within the backward of a layer."""
@@ -276,7 +276,7 @@ class _Sizes:
             temporary += 2 * hidden * mlp * p.weights
         if self.method.recompute in ("layers", "cola_m"):
             plain = Method(optimizer=self.method.optimizer, adapter=self.method.adapter)
-            again = n * saved_bytes(self.shape, self.step, plain, layer)
+            again = n * saved_by_autograd(self.shape, self.step, plain, layer)
             if self.method.recompute == "cola_m":  # the largest of its segments: gate and up
                 again = n * (3 * mlp * p.weights + mlp * p.products + hidden * self.carry)
             elif residual_bytes(self.shape, self.step) == self.carry:

@@ -82,13 +82,10 @@ METHODS: dict[str, tuple[str, Method]] = {
 def policy_of(method: Method, factorization: str) -> Policy | None:
     """The memory policy under which the model runs its own backward; None where autograd runs it.
 
-    Without states to rebuild, `cola` and `low_rank` models run on autograd, as `dense` ones do.
+    That is dense models, checkpointed layers and other people's methods.
     """
-    if method.recompute not in POLICIES_OF.get(factorization, ()):
-        return None
-    if method.recompute == "none" and factorization != "cross_layer":
-        return None
-    return POLICIES[method.recompute]
+    is_ours = factorization != "dense" and method.recompute in POLICIES_OF.get(factorization, ())
+    return POLICIES[method.recompute] if is_ours else None
 
 
 def current_method(name: str) -> str:

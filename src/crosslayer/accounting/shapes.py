@@ -1,6 +1,6 @@
 """What accounting needs to know of a model: its shape. Plain numbers, so that a plan needs neither torch nor a model.
 
-Shape.of(config)                  from one of our configurations, a LlamaConfig or MistralConfig, or a mapping of fields
+Shape.of(config)                  from a configuration of ours or of a family that we know, or a mapping of its fields
 named_shape("llama_7b", "cola")   from the table of the field's sizes
 
 A shape is a list of layers, and a layer its positions by name: those of `config.places(layer)`, whatever they are.
@@ -13,7 +13,9 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+from ..crnet import crnet_config
 from ..crnet.configuration_cross_layer import CrossLayerFields
+from ..crnet.families import FAMILIES, config_class, field_names
 from ..crnet.positions import AttentionShape, Position
 from ..errors import ConfigError
 
@@ -29,8 +31,8 @@ SIZES = {
     "llama_70b": (8192, 28672, 64, 8, 80),
 }
 FACTORIZATIONS = ("dense", "cross_layer", "low_rank", "cola", "sltrain")
-READ_BY_FIELDS = ("crnet", "llama", "mistral")
-"""Values of `model_type` whose blocks are Llama's: they are read without the configuration's own `positions`."""
+READ_AT_ONCE = ("crnet", "llama", "crnet_mistral", "mistral")
+"""Values of `model_type` whose blocks are Llama's: their fields are read without importing transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +123,8 @@ class Layer:
 
     @cached_property
     def low_rank_width(self) -> int:
-        """Width of all X A together; a mixture's, of its active experts."""
-        return sum(self._low_rank(linear) for linear in self.linears.values())
-
-    def _low_rank(self, linear: Linear) -> int:
-        mixture = linear.position.mixture
-        return (linear.rank or 0) * (1 if mixture is None else 3 * mixture.active)
+        """Width of all X A together, those within mixtures left out."""
+        return sum(linear.rank or 0 for linear in self.linears.values() if not linear.is_mixture)
 
     def in_attention(self, name: str) -> bool:
         """Whether a position lies in the attention, by its path in the block; otherwise in the MLP."""
@@ -196,15 +194,15 @@ class Shape:
         """The shape of a configuration or of a mapping of its fields; of a shape, itself.
 
         Ours say themselves which positions they have (`places`, `linear_rank`, `attention_shape`, `norm_parameters`);
-        others are read as Llama's block. Raises ConfigError for one that is not, and for fields that do not fit.
+        of others the CR-Net configuration of their family does. A mapping with `base` is a recipe's, which names the
+        model whose shape it takes. Raises ConfigError for a family that is not known, and for fields that do not fit.
         """
         if isinstance(config, cls):
             return config
         if isinstance(config, Mapping):
             return _from_mapping(config)
         if not hasattr(config, "places"):
-            names = {f.name for f in fields(_LlamaFields)}
-            return _from_mapping({name: getattr(config, name) for name in names if hasattr(config, name)})
+            return _from_mapping(config.get_text_config().to_dict())
         layers: list[Layer] = []
         for index in range(config.num_hidden_layers):
             places, own = config.places(index), config.positions(index)
@@ -340,31 +338,46 @@ class _Config(CrossLayerFields, _LlamaFields):
     """CRNetConfig without transformers: the ranks and their checks are the configuration's own."""
 
 
-_SHAPING = {f.name for f in fields(_Config)} - {f.name for f in fields(CrossLayerFields)}
-_SHAPING |= {"rank", "rank_pattern", "first_layer_rank", "factorization", "carries", "crosslayer_format"}
+_SHAPING = {f.name for f in fields(_Config) if not f.name.startswith(("recompute", "beta"))}
 
 
 def _from_mapping(given: Mapping[str, Any]) -> Shape:
     """From the fields of a recipe's model section or of a config.json."""
     model_type = given.get("model_type", "crnet")
-    if model_type not in READ_BY_FIELDS:
-        raise ConfigError(
-            f"model_type={model_type!r} is not read from its fields; allowed: {', '.join(READ_BY_FIELDS)}. Give the "
-            "shape as one of these, or crosslayer.accounting a configuration of a CR-Net of that family"
-        )
-    values = {name: value for name, value in given.items() if name in _SHAPING}
-    values.setdefault("factorization", "cross_layer" if model_type == "crnet" else "dense")
-    _check_factorization(values["factorization"])
+    is_ours = "base" in given or str(model_type).startswith("crnet")
+    factorization = given.get("factorization", "cross_layer" if is_ours else "dense")
+    _check_factorization(factorization)
+    is_sltrain = factorization == "sltrain"
+    values = {**given, "factorization": "dense" if is_sltrain else factorization}
     if "transformers_version" in given and "rank" in given:  # a checkpoint's; without this field, one of 0.1
         values.setdefault("crosslayer_format", 1)
-    is_sltrain = values["factorization"] == "sltrain"
     try:
-        config = _Config(**values | ({"factorization": "dense"} if is_sltrain else {}))
-        config.validate_architecture()
+        if "base" in given or model_type not in READ_AT_ONCE:
+            config = _of_family(model_type, values)
+        else:
+            config = _Config(**{name: value for name, value in values.items() if name in _SHAPING})
+            config.validate_architecture()
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(str(error).removesuffix(".")) from None
+        raise ConfigError(" ".join(str(error.__cause__ or error).split()).removesuffix(".")) from None
     shape = Shape.of(config)
-    return shape.factorized("sltrain", values.get("rank")) if is_sltrain else shape
+    return shape.factorized("sltrain", given.get("rank")) if is_sltrain else shape
+
+
+def _of_family(model_type: str, values: dict[str, Any]) -> Any:
+    """The CR-Net configuration of another family, from a base's name and what differs, or from its own fields."""
+    values = {name: value for name, value in values.items() if not name.startswith("recompute")}
+    if "base" in values:
+        return crnet_config(values.pop("base"), **values)
+    bases = {stem: name for name, (stem, _) in FAMILIES.items()}
+    base_type = bases.get(model_type, model_type)
+    if base_type in FAMILIES:  # a config.json holds more than the shape
+        cls = config_class(base_type)
+        known, given_as = field_names(cls) - {"model_type"}, {own: name for name, own in cls.attribute_map.items()}
+        values = {given_as.get(name, name): value for name, value in values.items()}
+        values = {name: value for name, value in values.items() if name in known}
+    return crnet_config({**values, "model_type": base_type})
 
 
 def _check_factorization(name: Any) -> None:
