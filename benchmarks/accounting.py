@@ -68,7 +68,7 @@ def parameters() -> str:
         row = [size.upper()]
         for name, shape in contenders(size).items():
             published = PUBLISHED_PARAMETERS.get((size, name))
-            rank = f" (r {shape.ranks[-1][0]})" if shape.factorization != "dense" else ""
+            rank = f" (r {shape.rank})" if shape.factorization != "dense" else ""
             row.append(f"{total(shape) / 1e6:,.2f}{rank}" + (f"; published {published}" if published else ""))
         rows.append(row)
     return table(("", "dense", "CoLA", "CR-Net, r = h / 4", "CR-Net, recipes' rank"), rows)

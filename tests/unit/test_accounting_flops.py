@@ -7,9 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crosslayer.accounting import Adapter, Method, Shape, count_operations, count_parameters, training_flops_per_token
 from crosslayer.accounting.flops import optimizer_operations
-from crosslayer.accounting.shapes import POSITIONS
 from crosslayer.analysis import OperationCounter
-from crosslayer.crnet import CRNetForCausalLM
+from crosslayer.crnet import POSITIONS, CRNetForCausalLM
 from model_cases import config_of
 from peer_models import Residual, llama, sltrain_model
 
@@ -40,6 +39,15 @@ def test_on_autograd(factorization, checkpointing, attention, heads):
         model.gradient_checkpointing_enable()
     method = Method(recompute="layers" if checkpointing else "none")
     assert counted(model) == count_operations(model.config, TOKENS, method).matrix_products
+
+
+@pytest.mark.parametrize("interval", [None, 1, 2, 5])
+@pytest.mark.parametrize("policy", ["invert", "replay"])
+@pytest.mark.parametrize("factorization", ["cola", "low_rank"])
+def test_policies_where_nothing_carries(factorization, policy, interval):
+    model = trained(factorization=factorization, recompute=policy, recompute_interval=interval)
+    expected = count_operations(model.config, TOKENS, Method(recompute=policy, interval=interval))
+    assert counted(model) == expected.matrix_products
 
 
 @pytest.mark.parametrize("interval", [None, 2, 3])

@@ -23,6 +23,7 @@ from crosslayer.accounting import (
     saved_bytes,
 )
 from crosslayer.accounting.memory import PARTS, PRECISIONS, optimizer_bytes, state_bytes, walk
+from crosslayer.accounting.methods import policy_of
 from crosslayer.analysis import measure_saved_activations
 from crosslayer.crnet import CRNetForCausalLM
 from model_cases import config_of
@@ -37,7 +38,7 @@ OTHERS = {
 }
 ROWS, TOKENS = 8, 128
 
-AUTOGRAD = [(name, checkpointing) for name in ("dense", "cola", "low_rank") for checkpointing in (False, True)]
+AUTOGRAD = [("dense", False), ("dense", True), ("cola", True), ("low_rank", True)]
 POLICIES = [
     ("none", None),
     ("invert", None),
@@ -46,6 +47,7 @@ POLICIES = [
     ("reversible", None),
     ("reversible", 2),
 ]
+WITHOUT_CARRY = [(name, policy) for name in ("cola", "low_rank") for policy in ("none", "invert", "replay")]
 PRECISION = {
     "float32": (torch.float32, None),
     "bf16": (torch.bfloat16, None),
@@ -73,7 +75,7 @@ def assert_saved(model, shape, step, method, cast=0.0):
     with torch.autocast("cpu", torch.bfloat16, enabled=step.precision.is_autocast):
         measured = measure_saved_activations(model, ids_of(model))
     expected = sum(saved_bytes(shape, step, method, layer) for layer in range(shape.num_hidden_layers)) * step.tokens
-    if shape.factorization == "cross_layer":
+    if policy_of(method, shape.factorization) is not None:
         expected += state_bytes(shape, step) * step.tokens
     assert expected + cast == pytest.approx(sum(measured.layer_bytes), rel=0.01)
 
@@ -81,7 +83,7 @@ def assert_saved(model, shape, step, method, cast=0.0):
 def cast_weights(shape, step, method):
     """Autocast's copies, which autograd saves."""
     counts = count_parameters(shape)
-    saves = step.precision.is_autocast and shape.factorization != "cross_layer" and method.recompute == "none"
+    saves = step.precision.is_autocast and policy_of(method, shape.factorization) is None and method.recompute == "none"
     return (counts["full_rank"] + counts["low_rank"]) * 2.0 * saves
 
 
@@ -97,6 +99,14 @@ def test_saved_by_autograd(factorization, checkpointing, precision):
 @pytest.mark.parametrize(("policy", "interval"), POLICIES)
 def test_saved_by_a_policy(policy, interval, precision):
     model, method = built(dtype=PRECISION[precision][0], recompute=policy, recompute_interval=interval)
+    assert_saved(model, Shape.of(model.config), step_of(precision), method)
+
+
+@pytest.mark.parametrize("precision", PRECISION)
+@pytest.mark.parametrize(("factorization", "policy"), WITHOUT_CARRY)
+def test_saved_where_nothing_carries(factorization, policy, precision):
+    """A state is h alone: `invert` keeps the 7 r of CoLA-M, and none of its two hidden states."""
+    model, method = built(dtype=PRECISION[precision][0], factorization=factorization, recompute=policy)
     assert_saved(model, Shape.of(model.config), step_of(precision), method)
 
 
@@ -161,6 +171,13 @@ def test_peak_on_autograd(factorization, checkpointing, precision):
 def test_peak_with_a_policy(policy, interval, precision):
     model, method = built(dtype=PRECISION[precision][0], recompute=policy, recompute_interval=interval)
     assert_peak(model, step_of(precision), method)
+
+
+@pytest.mark.parametrize("precision", PRECISION)
+@pytest.mark.parametrize(("factorization", "policy"), WITHOUT_CARRY)
+def test_peak_where_nothing_carries(factorization, policy, precision):
+    model, method = built(dtype=PRECISION[precision][0], factorization=factorization, recompute=policy)
+    assert_peak(model, step_of(precision), method, rel=0.2)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -1,5 +1,8 @@
 """Parameters by arithmetic against real modules; shapes by name, from configurations and from mappings."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -20,10 +23,7 @@ from crosslayer.accounting import (
     named_shape,
     peak_flops,
 )
-from crosslayer.accounting.methods import POLICY_KEEPS, keeps_state, policy_interval
-from crosslayer.accounting.shapes import POSITIONS
-from crosslayer.crnet import POSITIONS as CRNET_POSITIONS
-from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
+from crosslayer.crnet import POSITIONS, CRNetConfig, CRNetForCausalLM
 from crosslayer.errors import ConfigError
 from model_cases import CASES, config_of
 
@@ -51,8 +51,17 @@ def on_meta(model_class, config):
 
 
 def fields_of(shape, **more):
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return {name: getattr(shape, name) for name in (*names, "num_key_value_heads")} | more
+    """LlamaConfig's names for what a shape holds."""
+    attention = shape.layers[0].attention
+    return {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.layers[0].mlp_width,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.key_value_heads,
+        **more,
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,19 +153,6 @@ def test_lor2c_and_its_variants():
     assert count(injected=3) == count()  # LoRA of half the rank on two square matrices
 
 
-def test_policies_are_those_of_the_model():
-    assert {name: (p.keeps_low_rank, p.keeps_attention, p.inverts) for name, p in POLICIES.items()} == POLICY_KEEPS
-    for name, policy in POLICIES.items():
-        for layers in (1, 2, 3, 8, 24, 32):
-            for asked in (None, 1, 2):
-                if name == "none" and asked:
-                    continue
-                assert policy_interval(name, asked, layers) == policy.interval(asked, layers)
-    assert POSITIONS == CRNET_POSITIONS
-    assert not keeps_state("reversible", None, 32, 0)
-    assert [layer for layer in range(10) if keeps_state("replay", 3, 10, layer)] == [0, 3, 6]
-
-
 def test_a_shape_has_no_opinion_on_where_it_comes_from():
     config = config_of("rank_pattern")
     shape = Shape.of(config)
@@ -171,14 +167,23 @@ def test_a_shape_has_no_opinion_on_where_it_comes_from():
     ("call", "message"),
     [
         (lambda: named_shape("llama_8b"), "model='llama_8b' is unknown; the nearest is llama_"),
-        (lambda: named_shape("llama_7b", "cross_layer", 5000), "rank=5000 is outside 1..4096"),
+        (
+            lambda: named_shape("llama_7b", "cross_layer", 5000),
+            "rank=5000 is outside 1..2047, .* of q, 4096 x 4096",
+        ),
         (lambda: named_shape("llama_7b", "spare"), "factorization='spare' is unknown"),
         (lambda: Shape.of({"hidden_size": 0}), "hidden_size=0"),
+        (
+            lambda: Shape.of({"model_type": "phi3"}),
+            "model_type='phi3' is not supported; supported are llama, ",
+        ),
+        (lambda: Shape.of({"rank_pattern": {"query": 3}}), "match no low-rank linear"),
+        (lambda: Shape.of({"rank": 5000}), "rank=5000 of layers.1.q .4096 x 4096. saves nothing"),
         (lambda: find_device("h1000"), "device='h1000' is unknown; the nearest is h100"),
     ],
 )
 def test_refusals(call, message):
-    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=message):
         call()
 
 
@@ -194,3 +199,27 @@ def test_refusals(call, message):
 )
 def test_peaks(name, peak):
     assert peak_flops(name) == peak
+
+
+@pytest.mark.parametrize("case", ["rank_pattern", "first_layer_rank", "gqa", "head_dim", "bias", "tied", "cola_recipe"])
+def test_a_mapping_says_what_the_configuration_says(case, tmp_path):
+    """Patterns, first layer and all; from a recipe's fields, and from the config.json of a checkpoint."""
+    config = config_of(case)
+    given = {name: value for name, value in config.to_dict().items() if value is not None}
+    assert Shape.of(given) == Shape.of(config)
+    config.save_pretrained(tmp_path)
+    assert Shape.of(json.loads((tmp_path / "config.json").read_text())) == Shape.of(config)
+
+
+def test_a_checkpoint_of_0_1_has_its_own_default_ranks():
+    fields = {"hidden_size": 48, "num_attention_heads": 4, "head_dim": 2, "intermediate_size": 130, "rank": None}
+    old = {**fields, "model_type": "crnet", "transformers_version": "5.0"}
+    assert Shape.of(old).layers[1].linears["q"].rank == 8
+    assert Shape.of(fields).layers[1].linears["q"].rank == 3  # 48 x 8: half of in out / (in + out)
+
+
+def test_accounting_imports_neither_torch_nor_transformers():
+    code = "import sys; sys.argv = ['crosslayer']\nimport crosslayer.accounting.planner, crosslayer.crnet\n"
+    code += "print(sorted(set(sys.modules) & {'torch', 'transformers', 'numpy'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -6,10 +6,12 @@ Nothing here imports torch or transformers, so that a plan is made at once and o
 from .adapters import lor2c_parameters, lora_parameters
 from .devices import DEVICES, Device, find_device, peak_flops
 from .flops import Operations, count_operations, training_flops_per_token
-from .memory import PRECISIONS, Precision, Sharding, Step, estimate_memory, method_of, saved_bytes
+from .kept import saved_bytes
+from .memory import estimate_memory, method_of
 from .methods import METHODS, Adapter, Method
 from .parameters import count_adapter_parameters, count_parameters, dense_counterpart
-from .shapes import SIZES, Shape, named_shape
+from .shapes import SIZES, Layer, Linear, Shape, named_shape
+from .steps import PRECISIONS, Precision, Sharding, Step
 
 __all__ = [
     "DEVICES",
@@ -18,6 +20,8 @@ __all__ = [
     "SIZES",
     "Adapter",
     "Device",
+    "Layer",
+    "Linear",
     "Method",
     "Operations",
     "Precision",

@@ -2,8 +2,8 @@
 
 A product with a matrix of n entries costs 2 n forward, 2 n for the gradient of its input and 2 n for that of the
 matrix, wherever these are wanted. Attention counts the full square, as usual for model FLOPs utilisation (PaLM, arXiv
-2204.02311, appendix B): scores and their sum over values, 2 T D' each for queries D' wide. Norms, rotary embeddings,
-softmax and the gate are left out (about 1 % at D = 512).
+2204.02311, appendix B), of a sliding window too: scores and their sum over values, 2 T D' each for queries and for
+values D' wide. Norms, rotary embeddings, softmax and the gate are left out (about 1 % at D = 512).
 
 Letters: D hidden size, L layers, T tokens in a sequence, V vocabulary, r rank.
 """
@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .methods import POLICY_KEEPS, Method, keeps_state
+from .kept import keeps_state
+from .methods import Method, policy_of
 from .parameters import optimizer_rank, trained_beside
-from .shapes import POSITIONS, Shape
+from .shapes import Layer, Shape
 
 PARTS = ("layers", "attention", "head", "carried")
 
@@ -90,31 +91,42 @@ def _products(shape: Shape, method: Method, layer_idx: int, T: int) -> Iterator[
     learns = method.adapter is None and method.optimizer != "relora"
     adapters = trained_beside(shape, method, layer_idx)
     below = method.adapter is None or layer_idx > 0  # whether anything below the layer wants a gradient
-    reads = dict.fromkeys(("q", "k", "v"), below)
-    outputs = {p: reads[p] or p in adapters for p in ("q", "k", "v")}
-    reads["o"] = any(outputs.values())
-    reads["gate"] = reads["up"] = below or reads["o"] or "o" in adapters
-    reads["down"] = reads["gate"] or "gate" in adapters or "up" in adapters
-    for position in POSITIONS:
-        in_features, out_features = shape.linear_shape(position)
-        rank = shape.linear_rank(layer_idx, position)
-        entries = [in_features * out_features]
-        if rank is not None and shape.factorization != "sltrain":
-            entries = [rank * in_features, rank * out_features]
-        for number in entries:
+    layer = shape.layers[layer_idx]
+    reads = _inputs_that_learn(shape, layer, adapters, below)
+    for position, linear in layer.linears.items():
+        for number in linear.products(is_dense=shape.factorization == "sltrain"):
             yield "layers", number, reads[position] + learns
+        if linear.router:
+            yield "layers", linear.router, reads[position] + learns
         if position in adapters:
-            yield "layers", adapters[position] * in_features, reads[position] + 1
-            yield "layers", adapters[position] * out_features, 2
-    per_product = T * shape.query_width
-    wanted_by_attention = 2 * any(outputs[p] for p in ("q", "k", "v"))  # a fused kernel gives all or nothing
-    yield "attention", per_product, wanted_by_attention
-    yield "attention", per_product, wanted_by_attention
+            yield "layers", adapters[position] * linear.in_features, reads[position] + 1
+            yield "layers", adapters[position] * linear.out_features, 2
+    into_attention = layer.group(attention=True, adds=False)
+    wanted = 2 * any(reads[p] or p in adapters for p in into_attention)  # a fused kernel gives all or nothing
+    yield "attention", T * layer.query_width, wanted
+    yield "attention", T * layer.value_width, wanted
     if "block" in adapters:
         yield "layers", adapters["block"] * shape.hidden_size, below + 1
         yield "layers", adapters["block"] * shape.hidden_size, 2
-    if shape.carries(layer_idx):
-        yield "carried", shape.carried_width, 2
+    yield "carried", layer.built_width, 2
+
+
+def _inputs_that_learn(shape: Shape, layer: Layer, adapters: dict[str, int], below: bool) -> dict[str, bool]:
+    """Whether the input of each linear wants a gradient: whether anything that is trained lies before it.
+
+    Attention first, then the MLP; within either, what reads a linear's output, as MLA's q_b does, comes after it.
+    """
+    reads: dict[str, bool] = {}
+    for attention in (True, False):
+        before = below
+        for position in layer.group(attention=attention, adds=False):
+            is_second = layer.linears[position].in_features != shape.hidden_size
+            reads[position] = before if is_second else below
+            before = before or reads[position] or position in adapters
+        for position in layer.group(attention=attention, adds=True):
+            reads[position] = before
+            below = below or before or position in adapters
+    return reads
 
 
 def _products_again(shape: Shape, method: Method, layer_idx: int, T: int) -> Iterator[tuple[str, int]]:
@@ -125,46 +137,47 @@ def _products_again(shape: Shape, method: Method, layer_idx: int, T: int) -> Ite
     invert      Y_{l-1} = (Y_l - T B) / b: every product with B; attention, from the rebuilt q, k, v
     replay      every product with B of a layer whose state was not kept; attention of all
     reversible  every product with A and B; attention
+
+    The Y of a position that does not carry is in no state: its product with B comes again under each of the last three,
+    and where `replay` makes a state. A mixture of experts runs again as a whole, and its router once more under every
+    policy, since the choice is made ahead.
     """
-    attention = 2 * T * shape.query_width
-    linears = {p: _factors(shape, layer_idx, p) for p in POSITIONS}
+    layer = shape.layers[layer_idx]
+    attention = T * (layer.query_width + layer.value_width)
+    linears = {name: linear.products(shape.factorization == "sltrain") for name, linear in layer.linears.items()}
+    policy = policy_of(method, shape.factorization)
     if method.recompute == "layers":
         yield "attention", attention
-        yield "layers", sum(sum(entries) for entries in linears.values()) - linears["down"][-1]
-        if shape.carries(layer_idx):
-            yield "carried", shape.carried_width
+        yield "layers", sum(sum(entries) for entries in linears.values()) - list(linears.values())[-1][-1]
+        yield "carried", layer.built_width
     elif method.recompute == "cola_m":
         yield "attention", attention
         yield "layers", sum(entries[-1] for entries in linears.values())
-    elif method.recompute != "none":
-        low_rank_kept, _, inverts = POLICY_KEEPS[method.recompute]
-        yield "attention", attention
-        if not shape.carries(layer_idx):
-            return
+    elif policy is not None:
+        if not policy.keeps_attention:
+            yield "attention", attention
         layers = shape.num_hidden_layers
-        is_live = layer_idx == layers - 1
-        if inverts or not (is_live or keeps_state(method.recompute, method.interval, layers, layer_idx)):
-            yield "layers", sum(entries[-1] for entries in linears.values())
-            yield "carried", shape.carried_width
-        if not low_rank_kept:
-            yield "layers", sum(entries[0] for entries in linears.values())
-
-
-def _factors(shape: Shape, layer_idx: int, position: str) -> tuple[int, ...]:
-    in_features, out_features = shape.linear_shape(position)
-    rank = shape.linear_rank(layer_idx, position)
-    if rank is None or shape.factorization == "sltrain":
-        return (in_features * out_features,)
-    return rank * in_features, rank * out_features
+        is_at_hand = layer_idx == layers - 1 or keeps_state(shape, method, layer_idx)
+        for name, linear in layer.linears.items():
+            if linear.is_mixture:
+                again = 0 if policy.name == "none" else sum(linears[name]) + linear.router
+                yield "layers", linear.router + again
+            elif linear.rank is None or (linear.carries and not linear.builds):
+                continue  # its input is at hand, and so is its Y
+            elif not linear.carries:
+                times = (policy.name != "none") + (policy.name == "replay" and not is_at_hand)
+                yield "layers", times * linears[name][-1]
+            else:
+                if policy.inverts or not is_at_hand:
+                    yield "layers", linears[name][-1]
+                    yield "carried", linear.out_features
+                if not policy.keeps_low_rank:
+                    yield "layers", linears[name][0]
 
 
 def _sltrain_product(shape: Shape, layer_idx: int) -> int:
     """Entries of B A in one layer: in out r. The scatter of S, one addition per non-zero, is left out."""
-    total = 0
-    for position in POSITIONS:
-        in_features, out_features = shape.linear_shape(position)
-        total += in_features * out_features * (shape.linear_rank(layer_idx, position) or 0)
-    return total
+    return sum(linear.dense_entries * (linear.rank or 0) for linear in shape.layers[layer_idx].linears.values())
 
 
 def optimizer_operations(config: Any, method: Method, refresh_every: int = 200) -> float:
@@ -180,12 +193,13 @@ def optimizer_operations(config: Any, method: Method, refresh_every: int = 200) 
         return 0.0
     rank = optimizer_rank(shape, method)
     total = 0.0
-    for position in POSITIONS:
-        m, n = sorted(shape.linear_shape(position))
-        total += (4 if name == "galore" else 2) * m * n * min(rank, m)
-        if name == "galore":
-            total += (4 * m * m * n + 22 * m**3) / refresh_every
-    return shape.num_hidden_layers * total
+    for _, _, linear in shape.linears():
+        for in_features, out_features, count in linear.position.matrices:
+            m, n = sorted((in_features, out_features))
+            total += count * (4 if name == "galore" else 2) * m * n * min(rank, m)
+            if name == "galore":
+                total += count * (4 * m * m * n + 22 * m**3) / refresh_every
+    return total
 
 
 __all__ = [

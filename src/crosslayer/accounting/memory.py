@@ -15,10 +15,11 @@ Letters: D hidden size, F width of the MLP, L layers, n tokens of a micro-batch,
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from .methods import POLICY_KEEPS, Method, keeps_state, policy_interval
+from .kept import keeps_state, live_state_bytes, residual_bytes, saved_by_autograd, saved_bytes, state_bytes
+from .methods import Method, policy_of
 from .parameters import (
     count_adapter_parameters,
     count_layer_parameters,
@@ -27,81 +28,11 @@ from .parameters import (
     count_trainable,
     optimizer_rank,
     sparse_entries,
-    trained_beside,
 )
-from .shapes import POSITIONS, Shape
+from .shapes import Shape
+from .steps import PRECISIONS, Precision, Sharding, Step
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "live", "logits", "temporary")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """Bytes of an element. `products` below `weights` is autocast: matrix products in it, the rest in `weights`."""
-
-    weights: int = 4
-    gradients: int = 4
-    states: int = 4
-    products: int = 4
-
-    @property
-    def is_autocast(self) -> bool:
-        return self.products < self.weights
-
-    @property
-    def at_least_float32(self) -> int:
-        """Norms and CR-Net's carried state."""
-        return max(4, self.weights)
-
-
-PRECISIONS = {
-    "float32": Precision(),
-    "bf16": Precision(weights=2, gradients=2, states=2, products=2),
-    "bf16_autocast": Precision(products=2),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sharding:
-    """How many devices share what.
-
-    `data` replicas each take their own micro-batch; `fsdp` shards weights, gradients and states over them (ZeRO-3,
-    arXiv 1910.02054), otherwise DDP holds a second copy of the gradients in its buckets. `tensor` devices split the
-    linears (Megatron, arXiv 1909.08053: the MLP and heads, head and embeddings by vocabulary); norms, hidden states and
-    rank-r products stay whole on each.
-    """
-
-    data: int = 1
-    tensor: int = 1
-    fsdp: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What a step works on.
-
-    Args:
-        sequence, micro_batch: tokens of a sequence, sequences of a micro-batch.
-        precision: bytes of the elements.
-        sharding: over devices.
-        fused_loss: the loss is taken by vocabulary chunks (`CRNetForCausalLM.fused_loss`, our recipes).
-        fused_norms: the norm keeps its input and output, not what lies between: CUDA's kernel. False on a CPU.
-        fused_optimizer: AdamW updates in place (`adamw_torch_fused`, the Trainer's default); otherwise one more copy of
-            the parameters passes by.
-        accumulates: gradients of earlier micro-batches are there already.
-    """
-
-    sequence: int
-    micro_batch: int = 1
-    precision: Precision = field(default_factory=Precision)
-    sharding: Sharding = field(default_factory=Sharding)
-    fused_loss: bool = True
-    fused_norms: bool = True
-    fused_optimizer: bool = True
-    accumulates: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.sequence * self.micro_batch
 
 
 def estimate_memory(config: Any, step: Step, method: Method | None = None) -> dict[str, int]:
@@ -123,7 +54,7 @@ def walk(shape: Shape, step: Step, method: Method) -> Iterator[tuple[str, dict[s
     fixed = {"weights": sizes.weights, "optimizer": sizes.states}
 
     logits, around_loss = sizes.loss()
-    live = sizes.live_state() if method.recompute in POLICY_KEEPS and shape.factorization == "cross_layer" else 0.0
+    live = sizes.live_state()
     yield (
         "loss",
         {
@@ -163,88 +94,6 @@ def walk(shape: Shape, step: Step, method: Method) -> Iterator[tuple[str, dict[s
     )
 
 
-def saved_bytes(shape: Shape, step: Step, method: Method, layer_idx: int) -> float:
-    """Bytes per token that the forward of a layer leaves for its backward, without CR-Net's live state."""
-    if method.recompute == "layers":
-        return shape.hidden_size * residual_bytes(shape, step)
-    if method.recompute == "cola_m":  # two hidden states and A x of every position (CoLA's code)
-        low_rank = sum(shape.linear_rank(layer_idx, p) or 0 for p in POSITIONS)
-        return 2 * shape.hidden_size * residual_bytes(shape, step) + low_rank * step.precision.products
-    if shape.factorization == "cross_layer":
-        return _saved_by_policy(shape, step, method, layer_idx)
-    return _saved_by_autograd(shape, step, method, layer_idx)
-
-
-def residual_bytes(shape: Shape, step: Step) -> int:
-    """Bytes of an element of the hidden states between layers: float32 in CR-Net, else the embeddings' own."""
-    precision = step.precision
-    return precision.at_least_float32 if shape.factorization == "cross_layer" else precision.weights
-
-
-def _saved_by_policy(shape: Shape, step: Step, method: Method, layer_idx: int) -> float:
-    """The table of crnet/memory_policies.py in numbers, for b near 1, where no state is kept for its error bound.
-
-    A state is D + the seven Y, in float32; X A is r per position; what attention leaves is its output and one sum per
-    head. The model's input, D, is kept for the first layer.
-    """
-    precision, split = step.precision, step.sharding.tensor
-    low_rank_kept, attention_kept, _ = POLICY_KEEPS[method.recompute]
-    size = 0.0
-    if layer_idx == 0:
-        size += shape.hidden_size * precision.at_least_float32
-    if keeps_state(method.recompute, method.interval, shape.num_hidden_layers, layer_idx):
-        size += state_bytes(shape, step)
-    if low_rank_kept:
-        size += sum(shape.linear_rank(layer_idx, p) or 0 for p in POSITIONS) * precision.products
-    if attention_kept:
-        size += (shape.query_width * precision.products + 4 * shape.num_attention_heads) / split
-        if precision.is_autocast:  # attention casts its own q, k and v
-            size += sum(shape.linear_shape(p)[1] for p in ("q", "k", "v")) * precision.products / split
-    return size
-
-
-def state_bytes(shape: Shape, step: Step) -> float:
-    """Bytes per token of h and the seven Y: D + 5 D + 2 F elements of float32 when all heads have their own keys."""
-    carried = sum(shape.linear_shape(p)[1] / _split(p, step) for p in POSITIONS)
-    return (shape.hidden_size + carried) * step.precision.at_least_float32
-
-
-def _saved_by_autograd(shape: Shape, step: Step, method: Method, layer_idx: int) -> float:
-    """What autograd saves in a Llama layer, tensor by tensor.
-
-    Norms: the input in float32, one sum, what lies between (unless fused), and the output, which the linears read:
-    once, or once for each of them under autocast, which casts. A x, and silu of it in CoLA. Attention: rotated q and k,
-    v, its output, one sum per head. MLP: gate, silu of it, up, their product. A frozen linear saves nothing; an adapter
-    beside it what it reads, and A x. Below the first adapter of a frozen model nothing is saved.
-    """
-    p, split = step.precision, step.sharding.tensor
-    hidden, mlp = shape.hidden_size, shape.intermediate_size
-    beside = trained_beside(shape, method, layer_idx)
-    is_frozen = method.adapter is not None
-    learns = not is_frozen and method.optimizer != "relora"  # the matrices of the layer
-
-    low_rank = sum(beside.values()) * p.products
-    if shape.factorization in ("low_rank", "cola"):
-        ranks = sum(shape.linear_rank(layer_idx, position) or 0 for position in POSITIONS)
-        low_rank += ranks * p.products * (2 if shape.factorization == "cola" else 1)
-    if is_frozen and layer_idx == 0 and not set(beside) & set(POSITIONS):  # LoR2C's first pair reads the embeddings
-        return low_rank + hidden * p.weights * bool(beside)
-
-    norms = 0.0
-    for positions in (("q", "k", "v"), ("gate", "up")):
-        if not is_frozen or layer_idx > 0 or positions[0] == "gate":
-            norms += hidden * p.at_least_float32 + 4
-        if not (is_frozen or step.fused_norms):
-            norms += hidden * p.at_least_float32
-        readers = sum(learns or position in beside for position in positions)
-        norms += hidden * p.products * (readers if p.is_autocast else min(1, readers))
-    heads = 2 * shape.query_width + shape.linear_shape("k")[1] + shape.linear_shape("v")[1]
-    attention = heads * p.products + 4 * shape.num_attention_heads
-    gates = mlp * p.weights * (2 if shape.hidden_act == "linear" else 3)
-    product = mlp * p.products * (learns or "down" in beside)
-    return norms + low_rank + (attention + gates + product) / split
-
-
 @dataclass(frozen=True)
 class _Widths:
     """Elements per token: `hidden` and `mlp` wide ones, in float32 and in the weights' dtype; how many of the hidden
@@ -272,23 +121,24 @@ class _Sizes:
 
     def __init__(self, shape: Shape, step: Step, method: Method) -> None:
         self.shape, self.step, self.method = shape, step, method
+        self.policy = policy_of(method, shape.factorization)
         self.layers = shape.num_hidden_layers
         self.counts = count_parameters(shape)
         p, s = step.precision, step.sharding
         self.shards = s.data if s.fsdp else 1
-        self.norms_of_layer = 2 * shape.hidden_size
         self.carry = p.at_least_float32
         vocabulary = shape.vocab_size * shape.hidden_size / s.tensor
         self.in_layer = [self._local(layer) for layer in range(self.layers)]
-        local = sum(self.in_layer) + vocabulary + bool(self.counts["head"]) * vocabulary + shape.hidden_size
+        around = shape.final_norm + shape.position_embeddings
+        local = sum(self.in_layer) + vocabulary + bool(self.counts["head"]) * vocabulary + around
         beta = self.counts["beta"]
         extra = self._added_parameters()
         self.local = local + extra
         self.weights = (self.local * p.weights + beta * (4 - min(p.weights, 4)) + self._indices()) / self.shards
         self.trainable = self._trainable(local, extra)
         self.states = optimizer_bytes(shape, method, p.states, self.trainable) / self.shards
-        self.gradients_of_head = self._gradient(vocabulary + shape.hidden_size)
-        self.gradients_elsewhere = self._gradient(vocabulary * (1 + bool(self.counts["head"])) + shape.hidden_size)
+        self.gradients_of_head = self._gradient(vocabulary + shape.final_norm)
+        self.gradients_elsewhere = self._gradient(vocabulary * (1 + bool(self.counts["head"])) + around)
         self.optimizer_temporary = 0.0 if step.fused_optimizer else self.trainable * p.states / self.shards
         self.communication = 0.0
         if s.fsdp and s.data > 1:
@@ -300,20 +150,21 @@ class _Sizes:
 
     def _local(self, layer: int) -> float:
         """Parameters of a layer on one device: split linears, whole norms, beta, and A or B that face whole tensors."""
-        total = float(self.norms_of_layer)
-        if self.step.sharding.tensor == 1:
-            return total + sum(count_layer_parameters(self.shape, layer).values())
-        for position in POSITIONS:
-            in_features, out_features = self.shape.linear_shape(position)
-            rank = self.shape.linear_rank(layer, position)
-            split = self.step.sharding.tensor
-            if rank is None or self.shape.factorization == "sltrain":
-                total += in_features * out_features / split
-                continue
-            by_columns = position not in ("o", "down")
-            total += rank * (in_features + out_features / split if by_columns else in_features / split + out_features)
-            total += self.shape.carries(layer)
-        return total
+        shape, split = self.shape, self.step.sharding.tensor
+        blocks = shape.layers[layer]
+        total = float(blocks.norms)
+        if split == 1:
+            return total + sum(count_layer_parameters(shape, layer).values())
+        for name, linear in blocks.linears.items():
+            by_columns = not blocks.adds(name)
+            total += linear.router + linear.builds
+            total += linear.out_features * linear.position.bias / (split if by_columns else 1)
+            for i, o, count in linear.position.matrices:
+                if linear.rank is None or linear.is_mixture or shape.factorization == "sltrain":
+                    total += count * (i * o if linear.rank is None else linear.rank * (i + o)) / split
+                else:
+                    total += linear.rank * (i + o / split if by_columns else i / split + o)
+        return total + blocks.others
 
     def _added_parameters(self) -> float:
         if self.method.adapter is not None:
@@ -326,7 +177,7 @@ class _Sizes:
         """SLTrain's S is an index of 8 bytes beside each value."""
         if self.shape.factorization != "sltrain":
             return 0.0
-        return 8 * self.layers * sum(sparse_entries(self.shape, p) for p in POSITIONS)
+        return 8 * sum(sparse_entries(self.shape, linear) for _, _, linear in self.shape.linears())
 
     def _trainable(self, local: float, extra: float) -> float:
         if self.method.adapter is not None:
@@ -350,26 +201,25 @@ class _Sizes:
     def cast_weights(self, layer: int) -> float:
         """Autocast's copies of the matrices of a layer, which autograd saves; CR-Net's own backward casts anew."""
         p = self.step.precision
-        if not p.is_autocast or (self.shape.factorization == "cross_layer" and self.method.recompute in POLICY_KEEPS):
+        if not p.is_autocast or self.policy is not None:
             return 0.0
-        return (self.in_layer[layer] - self.norms_of_layer) * p.products
+        return (self.in_layer[layer] - self.shape.layers[layer].norms) * p.products
 
     def gradients_by(self, phase: str, layer: int) -> float:
         """Gradients that a layer has at a peak of its backward: of down, and of all but q, k, v in the attention's."""
-        positions = {"mlp": ("down",), "attention": ("o", "gate", "up", "down")}[phase]
-        share = sum(map(self._entries, positions)) / sum(map(self._entries, POSITIONS))
-        return share * self.gradients_of(layer)
-
-    def _entries(self, position: str) -> int:
-        """What the parameters of a position are proportional to: in out, or in + out at one rank for all."""
-        in_features, out_features = self.shape.linear_shape(position)
-        is_low_rank = self.shape.linear_rank(self.layers - 1, position) is not None
-        return in_features + out_features if is_low_rank else in_features * out_features
+        own = self.shape.layers[layer]
+        positions = own.group(attention=False, adds=True)
+        if phase == "attention":
+            positions += own.group(attention=False, adds=False) + own.group(attention=True, adds=True)
+        entries = {
+            name: x.dense_entries if x.rank is None else x.factor_entries(x.rank) for name, x in own.linears.items()
+        }
+        return sum(entries[name] for name in positions) / sum(entries.values()) * self.gradients_of(layer)
 
     def inputs(self) -> float:
         """Token ids and the rotary tables, which live as long as the graph."""
-        carry = self.carry if self.shape.factorization == "cross_layer" else self.step.precision.weights
-        return 8 * self.step.tokens + 2 * self.step.sequence * self.shape.head_dim * carry
+        carry = residual_bytes(self.shape, self.step)
+        return 8 * self.step.tokens + 2 * self.step.sequence * self.shape.layers[0].attention.key_dim * carry
 
     def elsewhere(self) -> float:
         """Saved outside the layers: ids, targets, the final norm and what the head reads."""
@@ -393,26 +243,28 @@ class _Sizes:
         return 2 * 4 * vocabulary * chunk, head + n * self.shape.hidden_size * p.products
 
     def live_state(self) -> float:
-        """CR-Net's live state of the last layer."""
-        return self.step.tokens * state_bytes(self.shape, self.step)
+        """The live state of the last layer."""
+        return self.step.tokens * live_state_bytes(self.shape, self.step, self.method)
 
     def backward(self, layer: int) -> list[tuple[str, float, float]]:
         """(phase, live, temporary) at each peak within the backward of a layer."""
         p, n, split = self.step.precision, self.step.tokens, self.step.sharding.tensor
-        hidden, mlp = self.shape.hidden_size, self.shape.intermediate_size / split
-        if self.shape.factorization == "cross_layer" and self.method.recompute in POLICY_KEEPS:
-            states = self._states_made_again(layer) * n * state_bytes(self.shape, self.step)
-            G = n * (state_bytes(self.shape, self.step) - hidden * self.carry)
-            if not POLICY_KEEPS[self.method.recompute][0]:
-                G += n * p.products * max(self.shape.linear_rank(layer, q) or 0 for q in POSITIONS)  # X A, one by one
-            inverts = POLICY_KEEPS[self.method.recompute][2]
-            narrower = hidden - self.shape.linear_shape("k")[1]
+        own, hidden = self.shape.layers[layer], self.shape.hidden_size
+        mlp = own.mlp_width / split
+        if self.policy is not None:
+            states = self._states_made_again(layer) * n * state_bytes(self.shape, self.step, layer)
+            G = n * (state_bytes(self.shape, self.step, layer) - hidden * residual_bytes(self.shape, self.step))
+            for linear in own.linears.values():
+                G += 0 if linear.carries else n * p.weights * linear.out_features  # made again, in no state
+            if not self.policy.keeps_low_rank:
+                G += n * p.products * max(linear.rank or 0 for linear in own.linears.values())  # X A, one by one
+            narrower = hidden - own.attention.key_value_heads * own.attention.key_dim
             working = {
                 phase: n * self.carry * (widths.hidden_float32 * hidden - widths.as_keys * narrower)
                 + n * self.carry * widths.mlp_float32 * mlp
                 + n * p.weights * (widths.hidden * hidden + widths.mlp * mlp)
                 for (phase, of_inverting), widths in _WORKING_SET.items()
-                if of_inverting == inverts
+                if of_inverting == self.policy.inverts
             }
             return [(phase, states, G + size) for phase, size in working.items()]
         # The MLP's backward: d h; d product, d silu, d up; the product itself is freed by then.
@@ -424,7 +276,7 @@ class _Sizes:
             temporary += 2 * hidden * mlp * p.weights
         if self.method.recompute in ("layers", "cola_m"):
             plain = Method(optimizer=self.method.optimizer, adapter=self.method.adapter)
-            again = n * saved_bytes(self.shape, self.step, plain, layer)
+            again = n * saved_by_autograd(self.shape, self.step, plain, layer)
             if self.method.recompute == "cola_m":  # the largest of its segments: gate and up
                 again = n * (3 * mlp * p.weights + mlp * p.products + hidden * self.carry)
             elif residual_bytes(self.shape, self.step) == self.carry:
@@ -435,11 +287,12 @@ class _Sizes:
     def _states_made_again(self, layer: int) -> float:
         """Full states alive at the backward of a layer, beside the kept ones below it."""
         method, layers = self.method, self.layers
-        is_kept = keeps_state(method.recompute, method.interval, layers, layer)
-        own = 0.0 if is_kept else 1.0  # S_l, which is the live one, was replayed, or is counted as kept
-        if method.recompute != "replay" or layer == 0:
+        assert self.policy is not None
+        # S_l, which is the live one, was replayed, or is counted as kept
+        own = 0.0 if keeps_state(self.shape, method, layer) else 1.0
+        if self.policy.inverts or layer == 0:
             return own
-        interval = policy_interval("replay", method.interval, layers)
+        interval = self.policy.interval(method.interval, layers)
         assert interval is not None
         return own + (layer - 1) % interval  # replayed up to S_{l - 1}
 
@@ -465,14 +318,15 @@ def optimizer_bytes(config: Any, method: Method, state_bytes: int, trainable: fl
     rank = optimizer_rank(shape, method)
     split = trainable / sum(counts.values())
     projected = projections = 0.0
-    for position in POSITIONS:
-        low, high = sorted(shape.linear_shape(position))
-        projected += 2 * min(rank, low) * high
-        projections += min(rank, low) * low
+    for _, _, linear in shape.linears():
+        for in_features, out_features, count in linear.position.matrices:
+            low, high = sorted((in_features, out_features))
+            projected += count * 2 * min(rank, low) * high
+            projections += count * min(rank, low) * low
     rest = sum(counts.values()) - counts["full_rank"]
-    total = 2 * rest * moment + shape.num_hidden_layers * projected * moment
+    total = 2 * rest * moment + projected * moment
     if name.startswith("galore"):
-        total += shape.num_hidden_layers * projections * state_bytes
+        total += projections * state_bytes
     return total * split
 
 
@@ -480,11 +334,6 @@ def chunk_of_tokens(tokens: int, hidden_size: int, vocab_size: int) -> int:
     """Tokens whose logits torch's chunked loss holds at a time: next power of 2 of n / ceil(V / D), halved."""
     target = -(-tokens // -(-vocab_size // hidden_size))
     return max(1, min((1 << (target - 1).bit_length()) // 2, tokens))
-
-
-def _split(position: str, step: Step) -> int:
-    """Over how many devices the output of a position is split: o and down are summed, so whole on each."""
-    return 1 if position in ("o", "down") else step.sharding.tensor
 
 
 def method_of(config: Any, *, checkpointing: bool = False, optimizer: str = "adamw") -> Method:

@@ -1,39 +1,11 @@
 """How a model is trained, as far as it costs anything: what is kept, which weights learn, which optimizer."""
 
 import difflib
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..crnet.policies import RENAMED, current_name
+from ..crnet.policies import POLICIES, POLICIES_OF, RENAMED, Policy, current_name
 from ..errors import ConfigError
-
-POLICY_KEEPS = {
-    # policy: (X A of every position, what attention left, inverts): the table of crnet/memory_policies.py, which a
-    # test compares; not imported, since that file needs torch.
-    "none": (True, True, False),
-    "invert": (True, False, True),
-    "replay": (True, False, False),
-    "reversible": (False, False, True),
-}
-
-
-def policy_interval(policy: str, asked: int | None, layers: int) -> int | None:
-    """A full state every so many layers; None: none between, for b near 1 (crnet/memory_policies.py)."""
-    if policy == "none":
-        return 1
-    if asked is None and policy == "replay":
-        return max(1, math.isqrt(max(layers - 2, 0)) + 1)
-    if asked is None and policy == "reversible":
-        return 8
-    return asked
-
-
-def keeps_state(policy: str, interval: int | None, layers: int, layer_idx: int) -> bool:
-    """Whether the state after a layer outlives the next one. The live state, of the last layer, is another matter."""
-    every = policy_interval(policy, interval, layers)
-    inverts = POLICY_KEEPS[policy][2]
-    return every is not None and layer_idx % every == 0 and (layer_idx > 0 or not inverts) and layer_idx < layers - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +32,7 @@ class Method:
     Args:
         recompute: what is kept for the backward. "none": all that autograd, or CR-Net's own backward, wants; "layers":
             whole layers are checkpointed; "cola_m": CoLA-M's segments (arXiv 2502.10940); "invert", "replay",
-            "reversible": CR-Net's policies (docs/memory.md).
+            "reversible": the memory policies (docs/memory.md).
         interval: `recompute_interval` of the policy.
         adapter: only it is trained; the model is frozen.
         optimizer: adamw, adamw_8bit, galore, galore_8bit (arXiv 2403.03507), apollo, apollo_mini (arXiv 2412.05270),
@@ -90,6 +62,7 @@ METHODS: dict[str, tuple[str, Method]] = {
     "cola": ("cola", Method()),
     "cola_checkpointed": ("cola", Method(recompute="layers")),
     "cola_m": ("cola", Method(recompute="cola_m")),
+    "cola_invert": ("cola", Method(recompute="invert")),
     "lora": ("dense", Method(adapter=Adapter())),
     "lor2c": ("dense", Method(adapter=Adapter(kind="lor2c"))),
     "share_lor2c": ("dense", Method(adapter=Adapter(kind="lor2c", shared=True))),
@@ -104,6 +77,15 @@ METHODS: dict[str, tuple[str, Method]] = {
     "apollo": ("dense", Method(optimizer="apollo")),
     "apollo_mini": ("dense", Method(optimizer="apollo_mini")),
 }
+
+
+def policy_of(method: Method, factorization: str) -> Policy | None:
+    """The memory policy under which the model runs its own backward; None where autograd runs it.
+
+    That is dense models, checkpointed layers and other people's methods.
+    """
+    is_ours = factorization != "dense" and method.recompute in POLICIES_OF.get(factorization, ())
+    return POLICIES[method.recompute] if is_ours else None
 
 
 def current_method(name: str) -> str:
@@ -122,13 +104,4 @@ def named_method(name: str) -> tuple[str, Method]:
     return METHODS[name]
 
 
-__all__ = [
-    "METHODS",
-    "POLICY_KEEPS",
-    "Adapter",
-    "Method",
-    "current_method",
-    "keeps_state",
-    "named_method",
-    "policy_interval",
-]
+__all__ = ["METHODS", "Adapter", "Method", "current_method", "named_method", "policy_of"]

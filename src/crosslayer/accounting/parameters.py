@@ -9,68 +9,75 @@ from typing import Any
 
 from .adapters import lor2c_parameters, lora_parameters
 from .methods import Adapter, Method
-from .shapes import ATTENTION_POSITIONS, POSITIONS, Shape
+from .shapes import Linear, Shape
 
 
 def count_parameters(config: Any) -> dict[str, int]:
     """Number of parameters by group; their sum is the model's `num_parameters()`.
 
-    Groups: `embeddings`, `head` (0 when tied), `full_rank` (dense matrices of the layers), `low_rank` (A and B),
-    `beta`, `norms`, `biases`, and `sparse` where there is SLTrain's S. CR-Net: arXiv 2509.18993; `low_rank` is
-    (L - 1)(11 D r + 3 F r) when all four attention positions are D wide.
+    Groups: `embeddings` (with learned positions), `head` (0 when tied), `full_rank` (dense matrices of the layers,
+    routers among them), `low_rank` (A and B), `beta`, `norms`, `biases`, `sparse` where there is SLTrain's S, and
+    `others` where layers have more than that. CR-Net: arXiv 2509.18993; `low_rank` is (L - 1)(11 D r + 3 F r) when all
+    four attention positions are D wide.
     """
     shape = Shape.of(config)
     counts = dict.fromkeys(("embeddings", "head", "full_rank", "low_rank", "beta", "norms", "biases"), 0)
-    counts["embeddings"] = shape.vocab_size * shape.hidden_size
+    counts["embeddings"] = shape.vocab_size * shape.hidden_size + shape.position_embeddings
     counts["head"] = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
-    counts["norms"] = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
-    if shape.factorization == "sltrain":
-        counts["sparse"] = 0
+    counts["norms"] = shape.final_norm + sum(layer.norms for layer in shape.layers)
     for layer_idx in range(shape.num_hidden_layers):
         for group, number in count_layer_parameters(shape, layer_idx).items():
-            counts[group] += number
+            counts[group] = counts.get(group, 0) + number
     return counts
 
 
 def count_layer_parameters(shape: Shape, layer_idx: int) -> dict[str, int]:
     """The linears of one layer, by the groups of `count_parameters`; norms are not among them."""
     counts = dict.fromkeys(("full_rank", "low_rank", "beta", "biases"), 0)
-    for position in POSITIONS:
-        in_features, out_features = shape.linear_shape(position)
-        rank = shape.linear_rank(layer_idx, position)
-        if rank is None:
-            counts["full_rank"] += in_features * out_features
+    layer = shape.layers[layer_idx]
+    for linear in layer.linears.values():
+        if linear.rank is None:
+            counts["full_rank"] += linear.dense_entries
         else:
-            counts["low_rank"] += rank * (in_features + out_features)
-            counts["beta"] += shape.carries(layer_idx)
+            counts["low_rank"] += linear.factor_entries(linear.rank)
+        counts["full_rank"] += linear.router
+        counts["beta"] += linear.builds
         if shape.factorization == "sltrain":
-            counts["sparse"] = counts.get("sparse", 0) + sparse_entries(shape, position)
-        has_bias = shape.attention_bias if position in ATTENTION_POSITIONS else shape.mlp_bias
-        counts["biases"] += out_features * has_bias
+            counts["sparse"] = counts.get("sparse", 0) + sparse_entries(shape, linear)
+        counts["biases"] += linear.out_features * linear.position.bias
+    if layer.others:
+        counts["others"] = layer.others
     return counts
 
 
-def sparse_entries(shape: Shape, position: str) -> int:
-    """Non-zeros of SLTrain's S: int(density in out), as in its code."""
-    in_features, out_features = shape.linear_shape(position)
-    return int(shape.density * in_features * out_features)
+def sparse_entries(shape: Shape, linear: Linear) -> int:
+    """Non-zeros of SLTrain's S: int(density in out) of each matrix, as in its code."""
+    return sum(int(shape.density * i * o) * count for i, o, count in linear.position.matrices)
 
 
 def count_adapter_parameters(config: Any, adapter: Adapter) -> int:
     """Trainable parameters of LoRA or LoR2C on a model of this shape, by the formulas of adapters.py."""
     shape = Shape.of(config)
-    layers, linears = shape.num_hidden_layers, [shape.linear_shape(position) for position in adapter.positions]
     if adapter.kind == "lora":
-        return lora_parameters(layers, linears, adapter.rank)
+        return sum(
+            lora_parameters(1, _adapted(shape, layer_idx, adapter), adapter.rank)
+            for layer_idx in range(shape.num_hidden_layers)
+        )
     return lor2c_parameters(
         shape.hidden_size,
-        layers,
+        shape.num_hidden_layers,
         adapter.rank,
         adapter.shared,
         adapter.fused,
         adapter.injected,
-        inject_linears=linears,
+        inject_linears=_adapted(shape, 0, adapter),
     )
+
+
+def _adapted(shape: Shape, layer_idx: int, adapter: Adapter) -> list[tuple[int, int]]:
+    """(in, out) of the linears of a layer that LoRA adapts, or LoR2C injects into."""
+    linears = shape.layers[layer_idx].linears
+    return [(linears[p].in_features, linears[p].out_features) for p in adapter.positions if p in linears]
 
 
 def count_trainable(config: Any, method: Method) -> int:
@@ -87,18 +94,18 @@ def count_trainable(config: Any, method: Method) -> int:
 def count_relora_factors(shape: Shape, rank: int | None) -> int:
     """r (in + out) beside every frozen matrix of the layers (arXiv 2307.05695)."""
     rank = rank or shape.hidden_size // 4
-    return shape.num_hidden_layers * rank * sum(sum(shape.linear_shape(p)) for p in POSITIONS)
+    return sum(linear.factor_entries(rank) for _, _, linear in shape.linears())
 
 
 def trained_beside(shape: Shape, method: Method, layer_idx: int) -> dict[str, int]:
     """Rank of what is trained beside the matrices of a layer, by position; LoR2C's pair is at "block"."""
     if method.optimizer == "relora":
-        return dict.fromkeys(POSITIONS, method.optimizer_rank or shape.hidden_size // 4)
+        return dict.fromkeys(shape.layers[layer_idx].linears, method.optimizer_rank or shape.hidden_size // 4)
     adapter = method.adapter
     if adapter is None:
         return {}
     if adapter.kind == "lora":
-        return dict.fromkeys(adapter.positions, adapter.rank)
+        return _at(shape, layer_idx, adapter, adapter.rank)
     return _of_lor2c(shape, adapter, layer_idx)
 
 
@@ -109,8 +116,12 @@ def _of_lor2c(shape: Shape, adapter: Adapter, layer_idx: int) -> dict[str, int]:
     if layer_idx < pairs:
         return {"block": adapter.rank}
     if layer_idx < pairs + adapter.injected:
-        return dict.fromkeys(adapter.positions, max(1, adapter.rank // 2))
+        return _at(shape, layer_idx, adapter, max(1, adapter.rank // 2))
     return {}
+
+
+def _at(shape: Shape, layer_idx: int, adapter: Adapter, rank: int) -> dict[str, int]:
+    return {position: rank for position in adapter.positions if position in shape.layers[layer_idx].linears}
 
 
 def optimizer_rank(shape: Shape, method: Method) -> int:
@@ -124,6 +135,7 @@ def dense_counterpart(config: Any) -> Any:
         return replace(config.factorized("dense"), hidden_act="silu")
     dense = deepcopy(config)
     dense.factorization, dense.increment_activation, dense.rank_pattern = "dense", None, {}
+    dense.recompute, dense.recompute_interval = "none", None
     return dense
 
 

@@ -8,18 +8,21 @@ with one utilisation for all. What that leaves out: the optimizer's own time, co
 fewer operations per byte reaches a lower utilisation (docs/accounting.md has measurements).
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..crnet.policies import POLICIES_OF
 from ..errors import ConfigError
 from .devices import Device, find_device
 from .flops import count_operations, optimizer_operations
-from .memory import PRECISIONS, Precision, Sharding, Step, estimate_memory
-from .methods import METHODS, Adapter, Method, named_method, policy_interval
+from .memory import estimate_memory
+from .methods import METHODS, Adapter, Method, named_method, policy_of
 from .parameters import count_parameters, count_trainable
+from .recipe_lines import recipe_lines
 from .shapes import SIZES, Shape, named_shape
+from .steps import PRECISIONS, Precision, Sharding, Step
+from .units import parse_bytes, parse_tokens, show_bytes
 
 DEFAULT_UTILISATION = 0.4
 DEFAULT_RESERVE = 0.08
@@ -256,10 +259,11 @@ def make_plan(
 
 def policies_of(factorization: str, layers: int) -> list[Method]:
     """What may be kept, fewest operations first."""
-    if factorization != "cross_layer":
-        return [Method(), Method(recompute="layers")]
-    inverting = [Method(recompute="invert"), Method(recompute="reversible")]
-    return [Method(), Method(recompute="replay"), *inverting, Method(recompute="reversible", interval=layers)]
+    allowed = POLICIES_OF.get(factorization, ("none",))
+    found = [Method(recompute=name) for name in ("none", "replay", "invert", "reversible") if name in allowed]
+    if "reversible" in allowed:
+        return [*found, Method(recompute="reversible", interval=layers)]
+    return [*found, Method(recompute="layers")]
 
 
 def list_settings(shape: Shape, candidates: list[Method], request: Request) -> list[Setting]:
@@ -312,9 +316,7 @@ def make_setting(shape: Shape, method: Method, request: Request, kind: str, micr
     seconds = request.tokens / tokens_per_s
     return Setting(
         policy=method.recompute,
-        interval=method.interval
-        if method.recompute in ("none", "invert", "layers")
-        else policy_interval(method.recompute, method.interval, shape.num_hidden_layers),
+        interval=_interval(shape, method),
         micro_batch=micro_batch,
         accumulation=accumulation,
         sharding=kind if request.replicas > 1 else "none",
@@ -330,6 +332,14 @@ def make_setting(shape: Shape, method: Method, request: Request, kind: str, micr
         days=seconds / 86400,
         device_hours=seconds / 3600 * request.gpus,
     )
+
+
+def _interval(shape: Shape, method: Method) -> int | None:
+    """As asked, or the policy's own; None where no state is kept at regular distances."""
+    policy = policy_of(method, shape.factorization)
+    if policy is None or method.recompute == "none":
+        return method.interval
+    return policy.interval(method.interval, shape.num_hidden_layers)
 
 
 def fastest(settings: Iterable[Setting]) -> Setting | None:
@@ -357,7 +367,7 @@ def recommend(
         parameters=sum(count_parameters(shape).values()),
         setting=best,
         reason=_reason(best, settings),
-        recipe=_recipe(shape, trained, best, request),
+        recipe=recipe_lines(shape, trained, best, request),
     )
 
 
@@ -373,51 +383,11 @@ def _reason(best: Setting, settings: list[Setting]) -> str:
     return f"{reason}; {missed}"
 
 
-_TRAINER_OPTIMIZERS = {
-    "adamw_8bit": "adamw_bnb_8bit",
-    "galore": "galore_adamw",
-    "galore_8bit": "galore_adamw_8bit",
-    "apollo": "apollo_adamw",
-    "apollo_mini": "apollo_adamw",
-}
-
-
-def _recipe(shape: Shape, trained: Method, best: Setting, request: Request) -> dict[str, dict[str, Any]]:
-    """Lines of a recipe, by section; none for what `crosslayer pretrain` does not train (adapters, SLTrain, ReLoRA)."""
-    if shape.factorization == "sltrain" or trained.adapter is not None or trained.optimizer == "relora":
-        return {}
-    model: dict[str, Any] = {"factorization": shape.factorization}
-    if shape.factorization != "dense":
-        model["rank"] = shape.ranks[-1][0]
-    training: dict[str, Any] = {
-        "per_device_train_batch_size": best.micro_batch,
-        "gradient_accumulation_steps": best.accumulation,
-    }
-    if best.policy == "layers":
-        training["activation_checkpointing"] = True
-    elif shape.factorization == "cross_layer":
-        model["recompute"] = best.policy
-        if best.interval is not None and best.policy != "none":
-            model["recompute_interval"] = best.interval
-    if PRECISIONS[request.precision] == PRECISIONS["bf16_autocast"]:
-        training["bf16"] = True
-    if best.sharding == "fsdp":
-        training["fsdp"] = True
-    if trained.optimizer in _TRAINER_OPTIMIZERS:
-        training["optim"] = _TRAINER_OPTIMIZERS[trained.optimizer]
-        if trained.optimizer != "adamw_8bit":
-            training["optim_target_modules"] = ["self_attn", "mlp"]
-            training["optim_args"] = (
-                f"rank={1 if trained.optimizer == 'apollo_mini' else _rank_of(shape, trained, None)}"
-            )
-    return {"model": model, "data": {"block_size": request.sequence}, "training": training}
-
-
 def _candidates(base: Shape, name: str, rank: int | None) -> tuple[Shape, list[Method]]:
     """The model of a method, and what it may keep."""
     factorization, trained = named_method(name)
     density = 0.03 if factorization == "sltrain" else 0.0  # SLTrain's scripts
-    is_its_own = base.factorization == factorization and rank is None and any(r for row in base.ranks for r in row)
+    is_its_own = base.factorization == factorization and rank is None and base.rank is not None
     of_layers = rank if factorization in ("cross_layer", "low_rank", "cola", "sltrain") else None
     shape = base if is_its_own else base.factorized(factorization, of_layers, density)
     if trained.adapter is not None and rank is not None:
@@ -434,39 +404,10 @@ def _rank_of(shape: Shape, trained: Method, asked: int | None) -> int | None:
     if trained.adapter is not None:
         return trained.adapter.rank
     if shape.factorization != "dense":
-        return shape.ranks[-1][0]
+        return shape.rank
     if trained.optimizer in ("adamw", "adamw_8bit"):
         return None
     return asked or trained.optimizer_rank or shape.hidden_size // 4
-
-
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-
-
-def parse_tokens(text: str, name: str = "tokens") -> float:
-    """1M, 500k, 2.5B, 1_000_000 -> a number. Raises ConfigError."""
-    match = re.fullmatch(r"\s*([\d_.,]+(?:e\d+)?)\s*([kmbgt]?)\s*", text.lower())
-    try:
-        assert match is not None
-        return float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2]]
-    except (AssertionError, ValueError):
-        raise ConfigError(f"{name}={text!r} is not a number of tokens; write 1M, 500k, 20B or 1000000") from None
-
-
-def parse_bytes(text: str, name: str = "gpu_memory") -> float:
-    """80GB (10^9), 80GiB (2^30), 512MB -> bytes. Raises ConfigError."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt])(i?)b?\s*", text.lower())
-    try:
-        assert match is not None
-        power = "kmgt".index(match[2]) + 1
-        return float(match[1]) * (1024**power if match[3] else 1000**power)
-    except (AssertionError, ValueError):
-        raise ConfigError(f"{name}={text!r} is not a size of memory; write 80GB, 80GiB or 512MB") from None
-
-
-def show_bytes(size: float) -> str:
-    """In GB, or MB below one."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 __all__ = [

@@ -1,18 +1,23 @@
 """What accounting needs to know of a model: its shape. Plain numbers, so that a plan needs neither torch nor a model.
 
-Shape.of(config)                  from a CRNetConfig, any LLaMA-family configuration, or a mapping of its fields
+Shape.of(config)                  from a configuration of ours or of a family that we know, or a mapping of its fields
 named_shape("llama_7b", "cola")   from the table of the field's sizes
+
+A shape is a list of layers, and a layer its positions by name: those of `config.places(layer)`, whatever they are.
+Parameters, operations and bytes go over them, so that another family of models needs no change here.
 """
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
+from ..crnet import crnet_config
+from ..crnet.configuration_cross_layer import CrossLayerFields
+from ..crnet.families import FAMILIES, config_class, field_names
+from ..crnet.positions import AttentionShape, Position
 from ..errors import ConfigError
-
-POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
-ATTENTION_POSITIONS = POSITIONS[:4]
 
 SIZES = {
     # hidden, MLP, heads, key-value heads, layers: GaLore's, SLTrain's and CoLA's configurations, and LLaMA 2's 70B.
@@ -25,112 +30,266 @@ SIZES = {
     "llama_13b": (5120, 13824, 40, 40, 40),
     "llama_70b": (8192, 28672, 64, 8, 80),
 }
-SIZES_VOCABULARY = 32000
+FACTORIZATIONS = ("dense", "cross_layer", "low_rank", "cola", "sltrain")
+READ_AT_ONCE = ("crnet", "llama", "crnet_mistral", "mistral")
+"""Values of `model_type` whose blocks are Llama's: their fields are read without importing transformers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A position of one layer.
+
+    Args:
+        position: where it lies and how wide it is; `position.carries`: whether it would in a CR-Net.
+        rank: None where it is full rank.
+        carries: whether its Y is part of the state that a block hands to the next.
+        builds: whether it adds b Y of the block below.
+    """
+
+    position: Position
+    rank: int | None = None
+    carries: bool = False
+    builds: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.position.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.position.out_features
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.position.mixture is not None
+
+    @property
+    def router(self) -> int:
+        return 0 if self.position.mixture is None else self.position.mixture.router
+
+    @property
+    def dense_entries(self) -> int:
+        """Entries of its matrices if they are full rank, every expert's."""
+        return sum(i * o * count for i, o, count in self.position.matrices)
+
+    def factor_entries(self, rank: int) -> int:
+        """Entries of A and B of that rank beside its matrices, every expert's."""
+        return sum(rank * (i + o) * count for i, o, count in self.position.matrices)
+
+    def products(self, is_dense: bool = False) -> tuple[int, ...]:
+        """Entries that a token meets, product by product: (in out,) or (in r, r out); of active experts."""
+        found: list[int] = []
+        for i, o, count in self.position.matrices:
+            mixture = self.position.mixture
+            active = count if mixture is None else count * mixture.active // mixture.experts
+            found += (
+                [active * i * o] if self.rank is None or is_dense else [active * self.rank * i, active * self.rank * o]
+            )
+        return tuple(found)
+
+    @property
+    def kept_width(self) -> int:
+        """Elements per token from which its increment follows: X A, or the increment itself of a mixture."""
+        if self.is_mixture:
+            return self.out_features
+        if self.rank is None:  # its X is at hand where it starts a chain of carried Y
+            return 0 if self.carries else self.out_features
+        return self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A block: its linears by name, in the order of the forward, its attention, and parameters that are in neither.
+
+    Args:
+        norms: parameters of its norms.
+        others: parameters of anything else; routers belong to their mixture.
+    """
+
+    linears: Mapping[str, Linear]
+    attention: AttentionShape
+    norms: int
+    others: int = 0
+
+    @cached_property
+    def carried_width(self) -> int:
+        """Width of the Y that the layer hands on, 5 D + 2 F in a Llama block whose heads have keys of their own."""
+        return sum(linear.out_features for linear in self.linears.values() if linear.carries)
+
+    @cached_property
+    def built_width(self) -> int:
+        """Width of the sums b Y_{l-1} + X A B."""
+        return sum(linear.out_features for linear in self.linears.values() if linear.builds)
+
+    @cached_property
+    def low_rank_width(self) -> int:
+        """Width of all X A together, those within mixtures left out."""
+        return sum(linear.rank or 0 for linear in self.linears.values() if not linear.is_mixture)
+
+    def in_attention(self, name: str) -> bool:
+        """Whether a position lies in the attention, by its path in the block; otherwise in the MLP."""
+        return "attn" in self.linears[name].position.module.partition(".")[0]
+
+    def adds(self, name: str) -> bool:
+        """Whether a position's output is added to the hidden states: o, down, a mixture, by name."""
+        return self.linears[name].is_mixture or name.rpartition("_")[2] in ("o", "down")
+
+    def group(self, *, attention: bool, adds: bool) -> tuple[str, ...]:
+        """Positions of the attention or of the MLP that do or do not add to the hidden states."""
+        return tuple(n for n in self.linears if self.in_attention(n) == attention and self.adds(n) == adds)
+
+    @cached_property
+    def query_width(self) -> int:
+        return self.attention.heads * self.attention.key_dim
+
+    @cached_property
+    def value_width(self) -> int:
+        """Width of the attention's output."""
+        return self.attention.heads * self.attention.value_dim
+
+    @cached_property
+    def key_value_width(self) -> int:
+        """Width of keys and values together."""
+        return self.attention.key_value_heads * (self.attention.key_dim + self.attention.value_dim)
+
+    @cached_property
+    def mlp_width(self) -> int:
+        """Width inside the MLP, of all active experts together."""
+        total = 0
+        for name in self.group(attention=False, adds=True):
+            mixture = self.linears[name].position.mixture
+            total += self.linears[name].in_features if mixture is None else mixture.active * mixture.width
+        return total
+
+    @cached_property
+    def is_gated(self) -> bool:
+        """Whether the MLP is act(gate) * up, not act(up) alone."""
+        names = self.group(attention=False, adds=False)
+        return not names or any("gate" in name for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Widths and ranks of a LLaMA-family model.
+    """Widths and ranks of a decoder.
 
-    `factorization` as in `CRNetConfig`, and "sltrain" (W = B A + S, arXiv 2406.02214). `ranks[layer][position]` is None
-    where the linear is full rank; `density` is the share of non-zeros in SLTrain's S.
+    Args:
+        factorization: as in `CRNetConfig`, and "sltrain" (W = B A + S, arXiv 2406.02214).
+        density: the share of non-zeros in SLTrain's S.
+        final_norm: parameters of the norm after the last block.
+        position_embeddings: parameters of learned positions.
     """
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    layers: tuple[Layer, ...]
     factorization: str = "dense"
-    ranks: tuple[tuple[int | None, ...], ...] = ()
     density: float = 0.0
-    increment_activation: str | None = None
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    final_norm: int = 0
+    position_embeddings: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
-        """The shape of a configuration (its `linear_rank` decides the ranks, where it has one) or of a mapping."""
+        """The shape of a configuration or of a mapping of its fields; of a shape, itself.
+
+        Ours say themselves which positions they have (`places`, `linear_rank`, `attention_shape`, `norm_parameters`);
+        of others the CR-Net configuration of their family does. A mapping with `base` is a recipe's, which names the
+        model whose shape it takes. Raises ConfigError for a family that is not known, and for fields that do not fit.
+        """
         if isinstance(config, cls):
             return config
         if isinstance(config, Mapping):
             return _from_mapping(config)
-        heads, layers = config.num_attention_heads, config.num_hidden_layers
-        linear_rank = getattr(config, "linear_rank", lambda layer_idx, position: None)
+        if not hasattr(config, "places"):
+            return _from_mapping(config.get_text_config().to_dict())
+        layers: list[Layer] = []
+        for index in range(config.num_hidden_layers):
+            places, own = config.places(index), config.positions(index)
+            linears = {
+                name: Linear(
+                    position=replace(place, carries=config.carries.get(name, own[name].carries)),
+                    rank=config.linear_rank(index, name),
+                    carries=place.carries,
+                    builds=place.carries and not config.starts_chain(index, name),
+                )
+                for name, place in places.items()
+            }
+            layer = Layer(
+                linears=linears,
+                attention=config.attention_shape(index),
+                norms=config.norm_parameters(index),
+                others=getattr(config, "other_parameters", lambda layer_idx: 0)(index),
+            )
+            layers.append(layers[-1] if layers and layers[-1] == layer else layer)
         return cls(
-            **{name: getattr(config, name) for name in _REQUIRED},
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            factorization=getattr(config, "factorization", "dense"),
-            ranks=tuple(tuple(linear_rank(layer, p) for p in POSITIONS) for layer in range(layers)),
-            increment_activation=getattr(config, "increment_activation", None),
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            layers=tuple(layers),
+            factorization=config.factorization,
             hidden_act=getattr(config, "hidden_act", "silu"),
-            tie_word_embeddings=getattr(config, "tie_word_embeddings", False),
-            attention_bias=getattr(config, "attention_bias", False),
-            mlp_bias=getattr(config, "mlp_bias", False),
+            tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+            final_norm=config.norm_parameters(None),
+            position_embeddings=getattr(config, "position_embedding_parameters", 0),
         )
 
     def factorized(self, factorization: str, rank: int | None = None, density: float = 0.0) -> "Shape":
-        """The same widths with other linears. `rank` None is hidden_size // 4, at most the narrower side.
+        """The same widths with other linears; `rank` None is each position's default.
 
-        Raises ConfigError for an unknown factorization, and for a rank outside 1..min(in, out) of a position.
+        Raises ConfigError for an unknown factorization, and for a rank at which factors save nothing.
         """
-        if factorization not in ("dense", "cross_layer", "low_rank", "cola", "sltrain"):
-            raise ConfigError(
-                f"factorization={factorization!r} is unknown; allowed: dense, cross_layer, low_rank, cola, sltrain"
-            )
-        shape = replace(self, factorization=factorization, density=density, increment_activation=None)
-        layers = range(self.num_hidden_layers)
-        if factorization == "dense":
-            return replace(shape, ranks=tuple((None,) * len(POSITIONS) for _ in layers))
-        row = []
-        for position in POSITIONS:
-            limit = min(self.linear_shape(position))
-            chosen = min(self.hidden_size // 4, limit) if rank is None else rank
-            if not 1 <= chosen <= limit:
-                raise ConfigError(
-                    f"rank={rank} is outside 1..{limit}, the smaller width of {position}_proj "
-                    f"{self.linear_shape(position)}; lower it"
+        _check_factorization(factorization)
+        is_cross_layer = factorization == "cross_layer"
+        layers: list[Layer] = []
+        begun: set[str] = set()
+        for index, layer in enumerate(self.layers):
+            linears = {}
+            for name, linear in layer.linears.items():
+                carries = is_cross_layer and linear.position.carries
+                is_full = factorization == "dense" or (
+                    is_cross_layer and (index == 0 or (carries and name not in begun))
                 )
-            row.append(chosen)
-        full_first = factorization == "cross_layer"
-        none = (None,) * len(POSITIONS)
-        return replace(shape, ranks=tuple(none if full_first and i == 0 else tuple(row) for i in layers))
+                linears[name] = Linear(
+                    position=linear.position,
+                    rank=None if is_full else self._rank(name, linear, rank),
+                    carries=carries,
+                    builds=carries and name in begun,
+                )
+            begun |= linears.keys()
+            made = replace(layer, linears=linears)
+            layers.append(layers[-1] if layers and layers[-1] == made else made)
+        return replace(self, factorization=factorization, density=density, layers=tuple(layers))
 
-    def linear_shape(self, position: str) -> tuple[int, int]:
-        """(in, out) features of a linear position."""
-        query = self.num_attention_heads * self.head_dim
-        key_value = self.num_key_value_heads * self.head_dim
-        return {
-            "q": (self.hidden_size, query),
-            "k": (self.hidden_size, key_value),
-            "v": (self.hidden_size, key_value),
-            "o": (query, self.hidden_size),
-            "gate": (self.hidden_size, self.intermediate_size),
-            "up": (self.hidden_size, self.intermediate_size),
-            "down": (self.intermediate_size, self.hidden_size),
-        }[position]
-
-    def linear_rank(self, layer_idx: int, position: str) -> int | None:
-        """None where the linear is full rank."""
-        return self.ranks[layer_idx][POSITIONS.index(position)] if self.ranks else None
-
-    @property
-    def query_width(self) -> int:
-        return self.num_attention_heads * self.head_dim
+    def _rank(self, name: str, linear: Linear, rank: int | None) -> int:
+        position = linear.position
+        if rank is None:
+            return position.default_rank(self.hidden_size)
+        if not 1 <= rank <= position.largest_rank:
+            raise ConfigError(
+                f"rank={rank} is outside 1..{position.largest_rank}, the ranks at which the factors of {name}, "
+                f"{position.matrices[0][0]} x {position.matrices[0][1]}, have fewer parameters than the matrix"
+            )
+        return rank
 
     @property
-    def carried_width(self) -> int:
-        """Width of the seven Y together, 5 D + 2 F when all heads have keys of their own."""
-        return sum(self.linear_shape(position)[1] for position in POSITIONS)
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
 
-    def carries(self, layer_idx: int) -> bool:
-        """Whether the layer adds b Y_{l-1}."""
-        return self.factorization == "cross_layer" and layer_idx > 0
+    @property
+    def rank(self) -> int | None:
+        """The largest rank of the last layer; None where nothing is low rank."""
+        return max((linear.rank for linear in self.layers[-1].linears.values() if linear.rank), default=None)
+
+    @property
+    def has_one_rank(self) -> bool:
+        """Whether all that is low rank has the same."""
+        return len({linear.rank for _, _, linear in self.linears() if linear.rank}) == 1
+
+    def linears(self) -> Iterator[tuple[int, str, Linear]]:
+        """(layer, name, linear) of the whole model."""
+        for index, layer in enumerate(self.layers):
+            for name, linear in layer.linears.items():
+                yield index, name, linear
 
 
 def named_shape(name: str, factorization: str = "dense", rank: int | None = None, density: float = 0.0) -> Shape:
@@ -141,43 +300,89 @@ def named_shape(name: str, factorization: str = "dense", rank: int | None = None
         raise ConfigError(
             f"model={name!r} is unknown{hint}; allowed: {', '.join(SIZES)}, a config.json or a recipe (.yaml)"
         )
-    hidden, mlp, heads, key_value_heads, layers = SIZES[name]
-    shape = Shape(
-        vocab_size=SIZES_VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=hidden // heads,
-    )
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    shape = _from_mapping({**dict(zip(names, SIZES[name], strict=True)), "factorization": "dense"})
     return shape.factorized(factorization, rank, density)
 
 
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_LLAMA_DEFAULTS = dict(zip(_REQUIRED, (32000, 4096, 11008, 32, 32), strict=True))
+@dataclass(kw_only=True)
+class _LlamaFields:
+    """LlamaConfig's fields and defaults, as far as they decide a shape."""
+
+    model_type: str = "crnet"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} of the model is not a whole number of at least 1")
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-def _from_mapping(fields: Mapping[str, Any]) -> Shape:
-    """From the fields of a recipe's model section or of a config.json, with LlamaConfig's defaults."""
-    values = {name: fields.get(name, default) for name, default in _LLAMA_DEFAULTS.items()}
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name}={value!r} of the model is not a whole number of at least 1")
-    if fields.get("rank_pattern") or fields.get("first_layer_rank"):
-        raise ConfigError("rank_pattern and first_layer_rank are read by crosslayer.accounting from a CRNetConfig only")
-    heads = values["num_attention_heads"]
-    shape = Shape(
-        **values,
-        num_key_value_heads=fields.get("num_key_value_heads") or heads,
-        head_dim=fields.get("head_dim") or values["hidden_size"] // heads,
-        hidden_act=fields.get("hidden_act", "silu"),
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        attention_bias=bool(fields.get("attention_bias", False)),
-        mlp_bias=bool(fields.get("mlp_bias", False)),
-    )
-    default = "cross_layer" if fields.get("model_type", "crnet") == "crnet" else "dense"
-    return shape.factorized(fields.get("factorization", default), fields.get("rank"))
+@dataclass(kw_only=True)
+class _Config(CrossLayerFields, _LlamaFields):
+    """CRNetConfig without transformers: the ranks and their checks are the configuration's own."""
 
 
-__all__ = ["ATTENTION_POSITIONS", "POSITIONS", "SIZES", "Shape", "named_shape"]
+_SHAPING = {f.name for f in fields(_Config) if not f.name.startswith(("recompute", "beta"))}
+
+
+def _from_mapping(given: Mapping[str, Any]) -> Shape:
+    """From the fields of a recipe's model section or of a config.json."""
+    model_type = given.get("model_type", "crnet")
+    is_ours = "base" in given or str(model_type).startswith("crnet")
+    factorization = given.get("factorization", "cross_layer" if is_ours else "dense")
+    _check_factorization(factorization)
+    is_sltrain = factorization == "sltrain"
+    values = {**given, "factorization": "dense" if is_sltrain else factorization}
+    if "transformers_version" in given and "rank" in given:  # a checkpoint's; without this field, one of 0.1
+        values.setdefault("crosslayer_format", 1)
+    try:
+        if "base" in given or model_type not in READ_AT_ONCE:
+            config = _of_family(model_type, values)
+        else:
+            config = _Config(**{name: value for name, value in values.items() if name in _SHAPING})
+            config.validate_architecture()
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(" ".join(str(error.__cause__ or error).split()).removesuffix(".")) from None
+    shape = Shape.of(config)
+    return shape.factorized("sltrain", given.get("rank")) if is_sltrain else shape
+
+
+def _of_family(model_type: str, values: dict[str, Any]) -> Any:
+    """The CR-Net configuration of another family, from a base's name and what differs, or from its own fields."""
+    values = {name: value for name, value in values.items() if not name.startswith("recompute")}
+    if "base" in values:
+        return crnet_config(values.pop("base"), **values)
+    bases = {stem: name for name, (stem, _) in FAMILIES.items()}
+    base_type = bases.get(model_type, model_type)
+    if base_type in FAMILIES:  # a config.json holds more than the shape
+        cls = config_class(base_type)
+        known, given_as = field_names(cls) - {"model_type"}, {own: name for name, own in cls.attribute_map.items()}
+        values = {given_as.get(name, name): value for name, value in values.items()}
+        values = {name: value for name, value in values.items() if name in known}
+    return crnet_config({**values, "model_type": base_type})
+
+
+def _check_factorization(name: Any) -> None:
+    if name not in FACTORIZATIONS:
+        raise ConfigError(f"factorization={name!r} is unknown; allowed: {', '.join(FACTORIZATIONS)}")
+
+
+__all__ = ["FACTORIZATIONS", "SIZES", "Layer", "Linear", "Shape", "named_shape"]

@@ -19,7 +19,7 @@ class _NoModules:
 
 
 class OperationCounter(FlopCounterMode):
-    """torch's `FlopCounterMode` without its breakdown by module; with `addmm_` and the CPU's fused attention.
+    """torch's `FlopCounterMode` without its breakdown by module; with `addmm_`, grouped products and attention on CPUs.
 
     The counter itself is a dispatch mode and sees everything. What fails in a backward that runs small backwards inside
     is the tracker beside it: it hangs a multi-gradient hook on the inputs of every module, and that hook asks the
@@ -30,6 +30,7 @@ class OperationCounter(FlopCounterMode):
         fused = {
             aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+            aten._grouped_mm: _grouped_product,
         }
         super().__init__(display=False, custom_mapping=fused)
         self.flop_registry[aten.addmm_] = self.flop_registry[aten.addmm]  # not known in place
@@ -44,6 +45,14 @@ def _attention_backward(gradient_shape, query_shape, key_shape, value_shape, *_,
     """Twice the forward: without the scores that the kernel computes again, half a forward more."""
     del gradient_shape
     return 2 * _attention_forward(query_shape, key_shape, value_shape)
+
+
+def _grouped_product(first_shape, second_shape, *_, **__) -> int:
+    """Rows [S, in] with the matrix [E, in, out] of their group, or outer products by group, [in, S] with [S, out]."""
+    rows_and_inner = (
+        first_shape[-2] * first_shape[-1] * (first_shape[0] if len(first_shape) == len(second_shape) == 3 else 1)
+    )
+    return 2 * rows_and_inner * second_shape[-1]
 
 
 def _heads(shape, query_shape):

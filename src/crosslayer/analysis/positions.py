@@ -94,6 +94,16 @@ def find_positions(model: nn.Module) -> list[Position]:
     return positions
 
 
+def block_list(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model of transformers: the list `layers`, or `h` in GPT-2. Raises ConfigError for neither."""
+    decoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    for name in ("layers", "h"):
+        blocks = getattr(decoder, name, None)
+        if isinstance(blocks, nn.ModuleList):
+            return list(blocks)
+    raise ConfigError(f"{type(model).__name__} has no list of blocks called layers or h")
+
+
 def longest_block_list(model: nn.Module) -> list[nn.Module]:
     """The longest ModuleList whose items hold linears; empty when there is none."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -136,4 +146,4 @@ def _short_name(name: str) -> str | None:
     return max(found)[1] if found else None
 
 
-__all__ = ["SHORT_NAMES", "Linear", "Position", "find_positions", "longest_block_list"]
+__all__ = ["SHORT_NAMES", "Linear", "Position", "block_list", "find_positions", "longest_block_list"]

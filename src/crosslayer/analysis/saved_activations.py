@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .positions import block_list
+
 ELSEWHERE = -1  # embeddings, final norm, head, loss
 
 
@@ -44,12 +46,12 @@ def measure_saved_activations(model: nn.Module, input_ids: torch.Tensor, **argum
     """One forward with a loss, in the model's current mode, policy and autocast; the backward is not run.
 
     Args:
-        model: a causal language model with its layers in `model.model.layers`; call `.train()` on it, since policies
+        model: a causal language model with its blocks in a list `layers` or `h`; call `.train()` on it, since policies
             are for training only.
         input_ids: [B, T], labels as well.
         arguments: further arguments of the model. `use_cache` is off.
     """
-    layers = list(model.model.layers)  # type: ignore[union-attr, arg-type]
+    layers = block_list(model)
     alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
     running = [ELSEWHERE]
 

@@ -1,0 +1,53 @@
+"""A plan's recommendation as lines of a recipe."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..crnet.policies import POLICIES
+from .methods import Method
+from .parameters import optimizer_rank
+from .shapes import Shape
+from .steps import PRECISIONS
+
+if TYPE_CHECKING:
+    from .planner import Request, Setting
+
+_TRAINER_OPTIMIZERS = {
+    "adamw_8bit": "adamw_bnb_8bit",
+    "galore": "galore_adamw",
+    "galore_8bit": "galore_adamw_8bit",
+    "apollo": "apollo_adamw",
+    "apollo_mini": "apollo_adamw",
+}
+
+
+def recipe_lines(shape: Shape, trained: Method, best: "Setting", request: "Request") -> dict[str, dict[str, Any]]:
+    """Lines of a recipe, by section; none for what `crosslayer pretrain` does not train (adapters, SLTrain, ReLoRA)."""
+    if shape.factorization == "sltrain" or trained.adapter is not None or trained.optimizer == "relora":
+        return {}
+    model: dict[str, Any] = {"factorization": shape.factorization}
+    if shape.has_one_rank:  # otherwise the defaults, or a pattern of the given model
+        model["rank"] = shape.rank
+    training: dict[str, Any] = {
+        "per_device_train_batch_size": best.micro_batch,
+        "gradient_accumulation_steps": best.accumulation,
+    }
+    if best.policy == "layers":
+        training["activation_checkpointing"] = True
+    elif best.policy in POLICIES and shape.factorization != "dense":
+        model["recompute"] = best.policy
+        if best.interval is not None and best.policy != "none":
+            model["recompute_interval"] = best.interval
+    if PRECISIONS[request.precision] == PRECISIONS["bf16_autocast"]:
+        training["bf16"] = True
+    if best.sharding == "fsdp":
+        training["fsdp"] = True
+    if trained.optimizer in _TRAINER_OPTIMIZERS:
+        training["optim"] = _TRAINER_OPTIMIZERS[trained.optimizer]
+        if trained.optimizer != "adamw_8bit":
+            modules = (linear.position.module.partition(".")[0] for _, _, linear in shape.linears())
+            training["optim_target_modules"] = list(dict.fromkeys(modules))
+            training["optim_args"] = f"rank={optimizer_rank(shape, trained)}"
+    return {"model": model, "data": {"block_size": request.sequence}, "training": training}
+
+
+__all__ = ["recipe_lines"]

@@ -1,0 +1,76 @@
+"""What a step works on, and on how many devices: precision, sharding, tokens."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Bytes of an element. `products` below `weights` is autocast: matrix products in it, the rest in `weights`."""
+
+    weights: int = 4
+    gradients: int = 4
+    states: int = 4
+    products: int = 4
+
+    @property
+    def is_autocast(self) -> bool:
+        return self.products < self.weights
+
+    @property
+    def at_least_float32(self) -> int:
+        """Norms and CR-Net's carried state."""
+        return max(4, self.weights)
+
+
+PRECISIONS = {
+    "float32": Precision(),
+    "bf16": Precision(weights=2, gradients=2, states=2, products=2),
+    "bf16_autocast": Precision(products=2),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How many devices share what.
+
+    `data` replicas each take their own micro-batch; `fsdp` shards weights, gradients and states over them (ZeRO-3,
+    arXiv 1910.02054), otherwise DDP holds a second copy of the gradients in its buckets. `tensor` devices split the
+    linears (Megatron, arXiv 1909.08053: the MLP and heads, head and embeddings by vocabulary); norms, hidden states and
+    rank-r products stay whole on each.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    fsdp: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a step works on.
+
+    Args:
+        sequence, micro_batch: tokens of a sequence, sequences of a micro-batch.
+        precision: bytes of the elements.
+        sharding: over devices.
+        fused_loss: the loss is taken by vocabulary chunks (`CRNetForCausalLM.fused_loss`, our recipes).
+        fused_norms: the norm keeps its input and output, not what lies between: CUDA's kernel. False on a CPU.
+        fused_optimizer: AdamW updates in place (`adamw_torch_fused`, the Trainer's default); otherwise one more copy of
+            the parameters passes by.
+        accumulates: gradients of earlier micro-batches are there already.
+    """
+
+    sequence: int
+    micro_batch: int = 1
+    precision: Precision = field(default_factory=Precision)
+    sharding: Sharding = field(default_factory=Sharding)
+    fused_loss: bool = True
+    fused_norms: bool = True
+    fused_optimizer: bool = True
+    accumulates: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.sequence * self.micro_batch
+
+
+__all__ = ["PRECISIONS", "Precision", "Sharding", "Step"]
