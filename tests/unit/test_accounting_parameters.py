@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 import yaml
-from crosslayer.crnet.memory_policies import POLICIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from crosslayer.accounting import (

@@ -107,12 +107,13 @@ class _Widths:
 
 
 _WORKING_SET = {
-    # What CR-Net's own backward of a layer holds at its peaks, its reused buffers among it, beside the state and the
-    # gradient of its Y: (phase, whether the policy inverts). Measured with torch's profiler of allocations over
-    # D 64..96, F 180..340, in float32, bf16 and autocast; linear in D and F to 1 %.
-    ("attention", False): _Widths(13.6, 0.0, 0.0, 3.0, as_keys=2.0),
-    ("attention", True): _Widths(13.3, 3.0, 0.0, 3.0, as_keys=5.0),
-    ("mlp", True): _Widths(9.5, 0.0, 4.0, 0.0, as_keys=2.0),
+    # What the backward of a block holds at its peak, its reused buffers among it, beside the state and the gradient of
+    # its Y. Fitted to the allocator's peaks on a CPU over D 64..96, F 180..340, with and without shared keys, in
+    # float32, bf16 and autocast: within 5 % of the working set under policies that rebuild, 15 % under `none`.
+    "none": _Widths(14.0, 0.0, 2.4, 0.1, as_keys=2.8),
+    "replay": _Widths(6.4, 8.6, 1.2, 1.7, as_keys=1.9),
+    "invert": _Widths(5.7, 9.6, 2.2, 1.1, as_keys=1.6),
+    "reversible": _Widths(5.7, 9.6, 2.2, 1.1, as_keys=1.6),
 }
 
 
@@ -259,14 +260,11 @@ class _Sizes:
             if not self.policy.keeps_low_rank:
                 G += n * p.products * max(linear.rank or 0 for linear in own.linears.values())  # X A, one by one
             narrower = hidden - own.attention.key_value_heads * own.attention.key_dim
-            working = {
-                phase: n * self.carry * (widths.hidden_float32 * hidden - widths.as_keys * narrower)
-                + n * self.carry * widths.mlp_float32 * mlp
-                + n * p.weights * (widths.hidden * hidden + widths.mlp * mlp)
-                for (phase, of_inverting), widths in _WORKING_SET.items()
-                if of_inverting == self.policy.inverts
-            }
-            return [(phase, states, G + size) for phase, size in working.items()]
+            widths = _WORKING_SET[self.policy.name]
+            working = n * self.carry * (widths.hidden_float32 * hidden - widths.as_keys * narrower)
+            working += n * self.carry * widths.mlp_float32 * mlp
+            working += n * p.weights * (widths.hidden * hidden + widths.mlp * mlp)
+            return [("attention", states, G + working)]
         # The MLP's backward: d h; d product, d silu, d up; the product itself is freed by then.
         freed = mlp * p.products if self.method.adapter is None else 0.0
         if p.is_autocast and self.method.recompute == "layers":
