@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from crosslayer.errors import CheckpointError, ConfigError, DataError, TrainingError
 from crosslayer.train import METHODS
-from crosslayer.train.finetune import TaskTrainer, finetune, split_off_head
+from crosslayer.train.finetune import finetune
 from crosslayer.train.methods import AdapterConfig, attach
+from crosslayer.train.task_trainer import TaskTrainer, split_off_head
 from tiny_finetune import rows_of, tiny_recipe, write_decoder, write_encoder, write_instructions, write_rows, write_task
 
 

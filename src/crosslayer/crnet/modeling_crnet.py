@@ -588,6 +588,8 @@ class CRNetForCausalLM(CRNetPreTrainedModel, GenerationMixin):
 class CRNetForSequenceClassification(GenericForSequenceClassification, CRNetPreTrainedModel):
     """The decoder with a linear classifier on the last token that is not padding."""
 
+    accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides it by the batches of a step
+
     def __init__(self, config: CRNetConfig) -> None:
         # Not the generic constructor, which asks AutoModel: a checkpoint must load without a registry.
         CRNetPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]

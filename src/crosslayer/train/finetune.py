@@ -27,7 +27,7 @@ from transformers import (
 
 from ..data.tasks import Task, load_task, tokenize
 from ..errors import CheckpointError, ConfigError, TrainingError
-from ..evaluate.task_metrics import check_metrics_available, measure_task
+from ..evaluate.task_metrics import check_metrics_available
 from .finetune_report import FinetuneReport, write_finetune_report
 from .methods import AdapterConfig, Attached, attach, count_trained
 from .recipe import FinetuneRecipe, load_finetune_recipe
@@ -41,6 +41,7 @@ from .run_folder import (
     read_json,
     write_json,
 )
+from .task_trainer import TaskTrainer
 from .trainer import SafeTrainer, describe_device, last_complete_checkpoint, training_arguments
 
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
@@ -348,55 +349,10 @@ def make_trainer(
         eval_dataset=tokenize(task.validation, tokenizer, recipe.data.max_length),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda prediction: measure_task(task.metrics, prediction.predictions, prediction.label_ids),
-        preprocess_logits_for_metrics=_scores if task.kind == "regression" else _classes,
+        task=task,
         callbacks=attached.callbacks,
         head_lr_factor=recipe.adapter.head_lr_factor,
     )
-
-
-class TaskTrainer(SafeTrainer):
-    """SafeTrainer whose new head may take a learning rate of its own."""
-
-    def __init__(self, *args, head_lr_factor: float = 1.0, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.head_lr_factor = head_lr_factor
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        had_none = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if had_none and self.head_lr_factor != 1.0:
-            split_off_head(optimizer, self.model, self.args.learning_rate * self.head_lr_factor)
-        return optimizer
-
-
-def split_off_head(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
-    """Give the head's parameters groups of their own with another learning rate; before the first step."""
-    from .methods import head_parameters
-
-    is_peft = hasattr(model, "peft_config")
-    names = set() if is_peft else head_parameters(model)
-    head = {id(p) for name, p in model.named_parameters() if "modules_to_save." in name or name in names}
-    for group in list(optimizer.param_groups):
-        own = [parameter for parameter in group["params"] if id(parameter) in head]
-        rest = [parameter for parameter in group["params"] if id(parameter) not in head]
-        if own and rest:
-            group["params"] = rest
-            optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
-        elif own:
-            group["lr"] = learning_rate
-
-
-def _classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    return _logits(logits).argmax(dim=-1)
-
-
-def _scores(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    return _logits(logits).squeeze(-1)
-
-
-def _logits(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 def number_of_blocks(model: nn.Module) -> int | None:

@@ -18,6 +18,7 @@ from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient
 from ..crnet import CRNetConfig, CrossLayerLinear
 from ..errors import ConfigError, TrainingError
 from ..evaluate import measure_perplexity
+from .losses import NextTokenLoss, without_repeats
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
 
 _log = logging.getLogger(__name__)
@@ -68,7 +69,9 @@ class SafeTrainer(Trainer):
 
     As a first base class it does the same for other Trainers.
 
+    - `train`: with several processes they train one model also after an evaluation;
     - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite;
+    - `get_batch_samples`: rows that accelerate repeats to give every process as many do not count a second time;
     - progress: a bar with the loss, or log lines, in place of printed dictionaries.
     """
 
@@ -85,10 +88,30 @@ class SafeTrainer(Trainer):
         elif self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines())
 
+    def train(self, *args, **kwargs) -> Any:
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            # An evaluation before the first step prepared the model without DistributedDataParallel. accelerate would
+            # take it for wrapped, and every process would train alone, on its own rows.
+            self.model_wrapped = self.model
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses_are_finite = self.losses_are_finite & torch.isfinite(loss)
         return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        return super().get_batch_samples(map(self.without_repeats, epoch_iterator), num_batches, device)
+
+    def without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The last batch of a pass over the data with several processes: labels of repeated rows do not count."""
+        data = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not data.end_of_dataloader or data.remainder < 1 or "labels" not in batch:
+            return batch
+        first_row = self.args.process_index * len(batch["labels"])
+        return {**batch, "labels": without_repeats(batch["labels"], first_row, data.remainder)}
 
     def _save_checkpoint(self, model, trial) -> None:
         step = self.state.global_step
@@ -133,6 +156,9 @@ class PretrainTrainer(SafeTrainer):
         health_file: Path | None = None,
         **kwargs,
     ) -> None:
+        smoothing = kwargs["args"].label_smoothing_factor
+        if smoothing:  # the Trainer's own way knows only transformers' model classes, and shifts no labels for others
+            kwargs["compute_loss_func"] = NextTokenLoss(smoothing)
         super().__init__(*args, **kwargs)
         self.parameter_groups = parameter_groups
         self.validation_bytes = validation_bytes
