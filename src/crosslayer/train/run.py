@@ -7,12 +7,13 @@ output_dir/
   health.jsonl       of a CR-Net, one line per log: b, increments and gradients by layer and position
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -20,13 +21,24 @@ from ..accounting import count_parameters, dense_counterpart, estimate_memory, t
 from ..analysis.health import HEALTH_FILE
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
+from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, TrainingError
 from .memory import choose_recompute, training_method, training_step
 from .recipe import Recipe, load_recipe
 from .report import RunReport, write_card, write_report
+from .resume import (
+    changes_of_section,
+    changes_of_training,
+    check_fingerprints,
+    check_same_run,
+    earlier_fingerprints,
+    find_checkpoint,
+    fingerprint_of_blocks,
+    is_finished,
+    tell_changes,
+)
 from .run_folder import (
     check_output_dir,
-    check_same_run,
     describe_run,
     is_main_process,
     peak_memory_bytes,
@@ -34,11 +46,14 @@ from .run_folder import (
     read_json,
     write_json,
 )
-from .trainer import EvaluateAtTheEnd, PretrainTrainer, describe_device, last_complete_checkpoint, training_arguments
+from .stream import Passes
+from .trainer import EvaluateAtTheEnd, PretrainTrainer, describe_device, training_arguments
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainingArguments
 
+_log = logging.getLogger(__name__)
 MODEL_FOLDER = "model"
 AUTO = "auto"
 
@@ -188,10 +203,9 @@ def pretrain(
     output_dir = Path(output_dir)
     if is_main_process():
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
-    if resume:
-        check_same_run(recipe.to_dict(), earlier_recipe(output_dir), ("model", "data"), output_dir)
     build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
+    changes = _check_resumption(recipe, arguments, output_dir) if resume else []
 
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
         prepared = prepare_data(recipe.data)
@@ -199,17 +213,44 @@ def pretrain(
     is_auto = recipe.model.get("recompute") == AUTO
     recompute = choose_recompute(config, arguments, recipe.data.block_size) if is_auto else None
     plan = make_plan(recipe, config, prepared, arguments, recompute)
+    fingerprints = fingerprints_of(prepared) if is_main_process() else {}
+    if resume and is_main_process():
+        check_fingerprints(fingerprints, output_dir)
     if is_main_process():
         show_plan(plan)
     if dry_run:
         return None
     finished = _finished_report(output_dir, plan) if resume else None
     if finished is not None:
+        tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return finished
+    checkpoint = find_checkpoint(arguments, output_dir, plan.steps) if resume else None
+    tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
     if is_main_process():
-        prepare_output_dir(output_dir, recipe, plan, overwrite=overwrite)
-    return _train(recipe, config, prepared, arguments, plan, output_dir, resume)
+        prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
+    return _train(recipe, config, prepared, arguments, plan, output_dir, checkpoint)
+
+
+def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir: Path) -> list[str]:
+    """What differs from the run in the folder and will be applied. Raises ConfigError, CheckpointError."""
+    now, earlier = recipe.to_dict(), earlier_recipe(output_dir)
+    has_fingerprints = earlier_fingerprints(output_dir) is not None and not recipe.data.streaming
+    changes = check_same_run(now, earlier, ("model", "data"), output_dir, has_fingerprints)
+    before = build_arguments(load_recipe(output_dir / "recipe.yaml"), output_dir)
+    changes += changes_of_training(arguments, before, output_dir)
+    return changes + changes_of_section(now["parameter_groups"], earlier["parameter_groups"])
+
+
+def fingerprints_of(prepared: PreparedData) -> dict[str, str]:
+    """What the blocks of a run hold; of a stream, whose blocks are made while it trains, the validation part."""
+    found = {
+        "tokenizer": tokenizer_fingerprint(prepared.tokenizer),
+        "validation data": fingerprint_of_blocks(prepared.validation),
+    }
+    if hasattr(prepared.train, "__len__"):
+        found["training data"] = fingerprint_of_blocks(cast("Dataset", prepared.train))
+    return found
 
 
 def _train(
@@ -219,7 +260,7 @@ def _train(
     arguments: "TrainingArguments",
     plan: Plan,
     output_dir: Path,
-    resume: bool,
+    checkpoint: Path | None,
 ) -> RunReport:
     from transformers import default_data_collator
 
@@ -243,7 +284,7 @@ def _train(
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
-        train_dataset=prepared.train,
+        train_dataset=prepared.train if plan.train_blocks is not None else Passes(prepared.train),
         eval_dataset=prepared.validation,
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
@@ -254,10 +295,8 @@ def _train(
         health_file=output_dir / HEALTH_FILE,
     )
 
-    checkpoint = last_complete_checkpoint(output_dir) if resume else None
-    if checkpoint is not None:
-        before = read_json(output_dir / "before.json")
-    else:
+    before = None if checkpoint is None else read_json(output_dir / "before.json")
+    if before is None:
         before = trainer.evaluate()
         trainer.state.log_history.clear()
         if is_main_process():
@@ -300,13 +339,17 @@ def _train(
 def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:
     """The report of a run that has taken all its steps, with its model; None when there is work left."""
     content = read_json(output_dir / "report.json")
-    if content is None or content["steps"] < plan.steps or not (output_dir / MODEL_FOLDER / "config.json").is_file():
+    if not is_finished(content, plan.steps, output_dir) or not (output_dir / MODEL_FOLDER / "config.json").is_file():
         return None
     from transformers import AutoTokenizer
 
     report = RunReport(**content)
-    report.model = CRNetForCausalLM.from_pretrained(output_dir / MODEL_FOLDER)
-    report.tokenizer = AutoTokenizer.from_pretrained(output_dir / MODEL_FOLDER)
+    try:
+        report.model = CRNetForCausalLM.from_pretrained(output_dir / MODEL_FOLDER)
+        report.tokenizer = AutoTokenizer.from_pretrained(output_dir / MODEL_FOLDER)
+    except Exception as error:  # weights and tokenizers that were cut off raise many kinds
+        _log.warning("%s cannot be read (%s); it is made anew", output_dir / MODEL_FOLDER, type(error).__name__)
+        return None
     return report
 
 
