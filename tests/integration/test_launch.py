@@ -34,6 +34,15 @@ def test_two_processes_equal_one(tmp_path):
     assert report["after"]["tokens"] == one.after["tokens"]  # no row counted twice, none left out
     assert report["after"]["loss"] == pytest.approx(one.after["loss"], rel=1e-3)
 
+    longer = [*command, "--resume", "--max_steps", "8"]
+    done = subprocess.run([*launcher, *longer], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["steps"] == 8
+    assert done.stderr.count("going on from") == 1
+    done = subprocess.run([sys.executable, *longer, "--max_steps", "12"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert "written by 2 processes and cannot be gone on from with 1" in " ".join(done.stderr.split())
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])

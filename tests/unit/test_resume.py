@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 
+import tiny_finetune
 from crosslayer.errors import CheckpointError, ConfigError
 from crosslayer.train import build_recipe
 from crosslayer.train.checkpoints import MANIFEST, checkpoint_to_resume, damage
 from crosslayer.train.run import pretrain
-from tiny_run import tiny_content
+from tiny_run import tiny_content, write_texts
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
@@ -152,7 +153,9 @@ def test_what_must_not_change(root, interrupted, change):
 
 
 def test_spelling_out_a_default_changes_nothing(root, whole, interrupted, caplog):
-    assert resume(root, interrupted, weight_decay=0.0, gradient_accumulation_steps=1).after["loss"] == whole.after["loss"]
+    assert (
+        resume(root, interrupted, weight_decay=0.0, gradient_accumulation_steps=1).after["loss"] == whole.after["loss"]
+    )
     assert "other settings" not in caplog.text
 
 
@@ -271,3 +274,125 @@ def test_a_damaged_final_model_is_made_again(root, whole, interrupted):
     report = resume(root, interrupted)
     assert report.after["loss"] == whole.after["loss"]
     assert all(torch.equal(a, b) for a, b in zip(report.model.parameters(), whole.model.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    """A recipe on a stream of about four steps a pass; the hub is a local file, read as a hub dataset is streamed."""
+    import datasets
+
+    rows = tmp_path / "rows.jsonl"
+    texts = [path.read_text() for path in sorted(write_texts(tmp_path / "few", 16, seed=4).glob("*.txt"))]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr(
+        "crosslayer.data.sources._load_hub",
+        lambda *_: datasets.load_dataset("json", data_files=str(rows), split="train", streaming=True),
+    )
+    monkeypatch.setattr("crosslayer.data.sources.hub_revision", lambda name: "1")
+    content = tiny_content(tmp_path, save_total_limit=9, per_device_train_batch_size=32)
+    content["data"] |= {"data": "hf:someone/web", "streaming": True, "shuffle_buffer": 5}
+    return content
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_streamed_run_goes_on_in_any_pass(streamed, tmp_path, step, monkeypatch):
+    from crosslayer.train.trainer import PretrainTrainer
+
+    passes, steps = [], []
+    original = PretrainTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        passes.append(self.train_dataset.stream.epoch)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PretrainTrainer, "training_step", training_step)
+    report = pretrain(build_recipe(streamed), tmp_path / "run")
+    assert passes[step] >= (1 if step == 4 else 2), "no other pass to go on in"
+    steps.clear()
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for name in ("report.json", *(f"checkpoint-{later}" for later in (8, 12) if later > step)):
+        path = tmp_path / "again" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resumed = pretrain(build_recipe(streamed), tmp_path / "again", resume=True)
+    assert losses(resumed) == losses(report)
+    assert resumed.after["loss"] == report.after["loss"]
+    assert steps == list(range(step, 12))
+
+
+def test_passes_of_an_empty_stream_end():
+    from crosslayer.errors import DataError
+    from crosslayer.train.stream import Passes
+
+    class Stream(list):
+        def set_epoch(self, number):
+            self.epoch = number
+
+    with pytest.raises(DataError, match="no block"):
+        next(iter(Passes(Stream())))
+    rows = iter(Passes(Stream([1, 2])))
+    assert [next(rows) for _ in range(5)] == [1, 2, 1, 2, 1]
+
+
+# --------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture
+def task(tmp_path):
+    """(content of a recipe, folder of its run after 12 of 24 steps)."""
+    from crosslayer.train import build_finetune_recipe
+    from crosslayer.train.finetune import finetune
+
+    data = tiny_finetune.write_task(tmp_path / "data")
+    model = tiny_finetune.write_encoder(tmp_path / "encoder")
+    content = tiny_finetune.tiny_content(tmp_path, model, data, save_total_limit=9)
+    finetune(build_finetune_recipe(content), tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    for step in (18, 24):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    return content, tmp_path / "run"
+
+
+def go_on(content, folder):
+    from crosslayer.train import build_finetune_recipe
+    from crosslayer.train.finetune import finetune
+
+    return finetune(build_finetune_recipe(content), folder, resume=True)
+
+
+def test_fine_tuning_refuses_other_rows_and_weights(task, tmp_path):
+    content, folder = task
+    rows = (tmp_path / "data" / "train.jsonl").read_text()
+    (tmp_path / "data" / "train.jsonl").write_text(rows.replace('"label": 1', '"label": 0', 1))
+    with pytest.raises(ConfigError, match=r"what it reads has changed .*\(training rows is"):
+        go_on(content, folder)
+    (tmp_path / "data" / "train.jsonl").write_text(rows)
+    flip(tmp_path / "encoder" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"what it reads has changed .*\(model is"):
+        go_on(content, folder)
+    flip(tmp_path / "encoder" / "model.safetensors")
+    content["adapter"]["r"] = 2
+    with pytest.raises(ConfigError, match=r"adapter.r=2, was 4"):
+        go_on(content, folder)
+
+
+def test_fine_tuning_applies_another_rate(task, caplog):
+    content, folder = task
+    content["training"]["learning_rate"] = 1e-4
+    report = go_on(content, folder)
+    rates = [line["learning_rate"] for line in report.history if "loss" in line and line["step"] > 12]
+    assert rates
+    assert max(rates) <= 1e-4
+    assert "learning_rate=0.0001 (was 0.01)" in caplog.text
+
+
+def test_fine_tuning_passes_over_damage(task, caplog):
+    content, folder = task
+    flip(folder / "checkpoint-12" / "adapter_model.safetensors")
+    report = go_on(content, folder)
+    assert report.steps == 24
+    assert "checkpoint-12 is not used: adapter_model.safetensors is not what was written" in caplog.text
+    assert "going on from" in caplog.text
