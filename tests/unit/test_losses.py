@@ -215,7 +215,13 @@ def pretrainer_of(root, **training):
     from crosslayer.train.trainer import PretrainTrainer
     from tiny_run import tiny_recipe
 
-    settings = {"logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "max_grad_norm": 1e9}
+    settings = {
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "max_grad_norm": 1e9,
+        "warmup_steps": 0,
+    }
     recipe = tiny_recipe(root / "pretrain", train_sampling_strategy="sequential", **{**settings, **training})
     prepared = prepare_data(recipe.data)
     return PretrainTrainer(

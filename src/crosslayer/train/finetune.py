@@ -54,7 +54,7 @@ from .run_folder import (
     write_json,
 )
 from .task_trainer import TaskTrainer
-from .trainer import SafeTrainer, describe_device, training_arguments
+from .trainer import SafeTrainer, check_metric, describe_device, nothing_left_behind, training_arguments
 
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 
@@ -129,23 +129,25 @@ def finetune(
     checkpoint = find_checkpoint(arguments, output_dir, plan.steps) if resume else None
     tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
+    with nothing_left_behind(output_dir):
+        trainer = make_trainer(recipe, task, attached, tokenizer, arguments)
+        trainer.check_optimizer(plan.steps)
     if is_main_process():
         prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
-    return _train(recipe, task, attached, tokenizer, arguments, plan, output_dir, checkpoint)
+    return _train(recipe, task, attached, trainer, plan, output_dir, checkpoint)
 
 
 def _train(
     recipe: FinetuneRecipe,
     task: Task,
     attached: Attached,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: TrainingArguments,
+    trainer: SafeTrainer,
     plan: FinetunePlan,
     output_dir: Path,
     checkpoint: Path | None,
 ) -> FinetuneReport:
     started = time.perf_counter()
-    trainer = make_trainer(recipe, task, attached, tokenizer, arguments)
+    arguments, tokenizer = trainer.args, trainer.processing_class
     before = None if checkpoint is None else read_json(output_dir / "before.json")
     if before is None:
         before = trainer.evaluate()
@@ -273,8 +275,16 @@ def build_arguments(recipe: FinetuneRecipe, task: Task, output_dir: Path) -> Tra
     if task.kind == "instruction":
         from .instruct import instruction_arguments
 
-        return instruction_arguments(settings, recipe.data.max_length, output_dir)
-    return training_arguments(TrainingArguments, settings, output_dir)
+        arguments = instruction_arguments(settings, recipe.data.max_length, output_dir)
+    else:
+        arguments = training_arguments(TrainingArguments, settings, output_dir)
+    check_metric(arguments, tuple(dict.fromkeys([*task.metrics, "loss"])))
+    if task.kind == "regression" and arguments.label_smoothing_factor:
+        raise ConfigError(
+            f"label_smoothing_factor={arguments.label_smoothing_factor:g} smooths classes, and {task.name} has scores; "
+            "leave it out"
+        )
+    return arguments
 
 
 def default_training(task: Task, adapter: AdapterConfig) -> dict[str, Any]:

@@ -47,7 +47,14 @@ from .run_folder import (
     write_json,
 )
 from .stream import Passes
-from .trainer import EvaluateAtTheEnd, PretrainTrainer, describe_device, training_arguments
+from .trainer import (
+    EvaluateAtTheEnd,
+    PretrainTrainer,
+    check_metric,
+    describe_device,
+    nothing_left_behind,
+    training_arguments,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,7 +131,11 @@ def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
         "label_names": ["labels"],
         "disable_tqdm": False,
     }
-    return training_arguments(TrainingArguments, {**defaults, **recipe.training}, output_dir)
+    if "metric_for_best_model" in recipe.training:
+        defaults["greater_is_better"] = False
+    arguments = training_arguments(TrainingArguments, {**defaults, **recipe.training}, output_dir)
+    check_metric(arguments, ("loss", "perplexity", "bits_per_byte"))
+    return arguments
 
 
 def build_model(config: CRNetConfig, seed: int) -> CRNetForCausalLM:
@@ -227,9 +238,13 @@ def pretrain(
     checkpoint = find_checkpoint(arguments, output_dir, plan.steps) if resume else None
     tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
+    started = time.perf_counter()
+    with nothing_left_behind(output_dir):
+        trainer, report = _make_trainer(recipe, config, prepared, arguments, plan, output_dir)
+        trainer.check_optimizer(plan.steps)
     if is_main_process():
         prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
-    return _train(recipe, config, prepared, arguments, plan, output_dir, checkpoint)
+    return _train(trainer, report, output_dir, checkpoint, started)
 
 
 def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir: Path) -> list[str]:
@@ -253,18 +268,17 @@ def fingerprints_of(prepared: PreparedData) -> dict[str, str]:
     return found
 
 
-def _train(
+def _make_trainer(
     recipe: Recipe,
     config: CRNetConfig,
     prepared: PreparedData,
     arguments: "TrainingArguments",
     plan: Plan,
     output_dir: Path,
-    checkpoint: Path | None,
-) -> RunReport:
+) -> tuple[PretrainTrainer, RunReport]:
+    """The Trainer of a run, and its report as far as it is known."""
     from transformers import default_data_collator
 
-    started = time.perf_counter()
     model = build_model(config, arguments.seed)
     report = RunReport(
         recipe=recipe.to_dict(),
@@ -294,7 +308,12 @@ def _train(
         write_card=lambda folder: write_card(folder, config, report),
         health_file=output_dir / HEALTH_FILE,
     )
+    return trainer, report
 
+
+def _train(
+    trainer: PretrainTrainer, report: RunReport, output_dir: Path, checkpoint: Path | None, started: float
+) -> RunReport:
     before = None if checkpoint is None else read_json(output_dir / "before.json")
     if before is None:
         before = trainer.evaluate()
@@ -311,7 +330,8 @@ def _train(
             f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
         ) from None
 
-    if trainer.last_evaluation is None:  # resumed after its last step
+    # Resumed after its last step, or other weights now than at the last evaluation.
+    if trainer.last_evaluation is None or trainer.args.load_best_model_at_end:
         trainer.evaluate()
     report.before, report.after = before, trainer.last_evaluation
     report.steps = trainer.state.global_step
@@ -319,20 +339,20 @@ def _train(
     throughput = trainer.throughput
     if throughput.total_seconds:
         report.tokens_per_s = throughput.total_tokens / throughput.total_seconds
-    report.peak_memory_bytes = peak_memory_bytes(arguments.device)
+    report.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
     report.seconds = time.perf_counter() - started
     report.history = trainer.state.log_history
 
     try:
         trainer.save_model(str(output_dir / MODEL_FOLDER))
-        if arguments.should_save:
+        if trainer.args.should_save:
             write_report(output_dir, report)
     except OSError as error:
         raise TrainingError(
             f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"
         ) from error
     report.model = trainer.model
-    report.tokenizer = prepared.tokenizer
+    report.tokenizer = trainer.processing_class
     return report
 
 

@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..accounting import peak_flops, training_flops_per_token
 from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient_norms, increment_ratios
 from ..crnet import CRNetConfig, CrossLayerLinear
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, CrossLayerError, TrainingError
 from ..evaluate import measure_perplexity
 from .checkpoints import last_complete_checkpoint, write_manifest
 from .losses import NextTokenLoss, without_repeats
@@ -52,6 +53,29 @@ def _check_intervals(arguments: TrainingArguments) -> None:
                 f"save_steps={save:g} is not a multiple of logging_steps={log:g}; a run resumed between two logs would "
                 "report a mean over fewer steps than an uninterrupted one"
             )
+
+
+def check_metric(arguments: TrainingArguments, metrics: Sequence[str]) -> None:
+    """Raises ConfigError where the best checkpoint is to be chosen by a number that no evaluation gives."""
+    chosen = arguments.metric_for_best_model
+    if chosen is not None and chosen.removeprefix("eval_") not in metrics:
+        raise ConfigError(f"training.metric_for_best_model={chosen!r} is none of {', '.join(metrics)}")
+
+
+@contextmanager
+def nothing_left_behind(output_dir: Path) -> Iterator[None]:
+    """For what is made before a run's folder is: turns what libraries refuse into ConfigError, and removes the empty
+    folder that the Trainer makes."""
+    existed = output_dir.exists()
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError) as error:
+        if not existed and output_dir.is_dir():
+            with suppress(OSError):
+                output_dir.rmdir()
+        if isinstance(error, CrossLayerError):
+            raise
+        raise ConfigError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def describe_device(arguments: TrainingArguments) -> tuple[str, str, str]:
@@ -101,6 +125,14 @@ class SafeTrainer(Trainer):
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
+
+    def check_optimizer(self, steps: int) -> None:
+        """Make optimizer and schedule once and drop them: what they refuse shows before anything is written."""
+        name = str(self.args.optim)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or "lomo" in name or "layerwise" in name:
+            return  # they change the model, or need it wrapped
+        self.create_optimizer_and_scheduler(num_training_steps=steps)
+        self.optimizer, self.lr_scheduler = None, None
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
