@@ -8,9 +8,9 @@ import torch
 import yaml
 
 import tiny_finetune
-from crosslayer.errors import CheckpointError, ConfigError
+from crosslayer.errors import CheckpointError, ConfigError, TrainingError
 from crosslayer.train import build_recipe
-from crosslayer.train.checkpoints import MANIFEST, checkpoint_to_resume, damage
+from crosslayer.train.checkpoints import MANIFEST, checkpoint_to_resume, checkpoints, damage, remove_old
 from crosslayer.train.run import pretrain
 from tiny_run import tiny_content, write_texts
 
@@ -115,6 +115,39 @@ def test_none_is_whole(root, interrupted):
 def test_folders_that_only_begin_like_a_checkpoint(interrupted):
     shutil.copytree(interrupted / "checkpoint-8", interrupted / "checkpoint-99-backup")
     assert checkpoint_to_resume(interrupted, 1) == interrupted / "checkpoint-8"
+
+
+def test_rotation_leaves_other_folders_alone(root, interrupted):
+    """Those that the user made, and checkpoints beyond the step that was just taken."""
+    shutil.copytree(interrupted / "checkpoint-4", interrupted / "checkpoint-4-backup")
+    shutil.copytree(interrupted / "checkpoint-4", interrupted / "checkpoint-40")
+    cut(interrupted / "checkpoint-40" / "optimizer.pt")
+    pretrain(build_recipe(tiny_content(root, save_total_limit=1)), interrupted, resume=True)
+    assert sorted(p.name for p in interrupted.glob("checkpoint-*")) == [
+        "checkpoint-12",
+        "checkpoint-4-backup",
+        "checkpoint-40",
+    ]
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    for step in (4, 8, 12, 16):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_old(tmp_path, tmp_path / "checkpoint-16", 2, str(tmp_path / "checkpoint-4"))
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-16"]
+    remove_old(tmp_path, tmp_path / "checkpoint-16", 1, None)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-16"]
+
+
+def test_no_checkpoint_goes_before_the_next_one_is_whole(root, interrupted, monkeypatch):
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("crosslayer.train.trainer.write_manifest", no_space)
+    with pytest.raises(TrainingError, match="No space left"):
+        pretrain(build_recipe(tiny_content(root, save_total_limit=1)), interrupted, resume=True)
+    assert checkpoint_to_resume(interrupted, 1) is not None
+    assert damage(interrupted / "checkpoint-8") is None
 
 
 def test_a_killed_first_save_starts_again(root, whole, interrupted, caplog):

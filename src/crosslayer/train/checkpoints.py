@@ -8,6 +8,7 @@ checkpoint-N/
 import hashlib
 import logging
 import re
+import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +79,17 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The folders checkpoint-N, oldest first; not folders that only begin like that."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def remove_old(output_dir: Path, newest: Path, limit: int | None, best: str | None) -> None:
+    """Keep `newest`, the best one and as many before it as `limit` allows; touch nothing but checkpoint-N up to it."""
+    if limit is None:
+        return
+    found = [folder for folder in checkpoints(output_dir) if step_of(folder) <= step_of(newest)]
+    protected = {newest.name} | ({Path(best).name} if best else set())
+    excess = len(found) - max(limit, len(protected))
+    for folder in [folder for folder in found if folder.name not in protected][: max(excess, 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def step_of(checkpoint: Path) -> int:

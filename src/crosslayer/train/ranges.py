@@ -70,6 +70,7 @@ TRAINING = {
     "warmup_steps": WARMUP,
     # Settings that other Trainers take, and that would give something else here than they promise.
     "label_names": _only(["labels"], "the labels of every kind of data here"),
+    "average_tokens_across_devices": _only(True, "a step's loss is the mean over all of its rows"),
     "bf16_full_eval": _only(False, "it would round the weights that are saved"),
     "fp16_full_eval": _only(False, "it would round the weights that are saved"),
     "prediction_loss_only": _only(False, "metrics need predictions"),

@@ -18,7 +18,7 @@ from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient
 from ..crnet import CRNetConfig, CrossLayerLinear
 from ..errors import ConfigError, CrossLayerError, TrainingError
 from ..evaluate import measure_perplexity
-from .checkpoints import last_complete_checkpoint, write_manifest
+from .checkpoints import last_complete_checkpoint, remove_old, write_manifest
 from .losses import NextTokenLoss, without_repeats
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
 from .progress import LogLines, Progress
@@ -155,15 +155,20 @@ class SafeTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise TrainingError(f"weights are not finite at step {step}; {self.last_good_checkpoint()}")
+        # Older ones go when this one is whole, hashes and all; and only folders that are checkpoints.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise self._not_written(step, error) from error
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every process has written its random state
         try:
             if self.args.should_save:
                 write_manifest(folder, processes=self.args.world_size, weights_only=bool(self.args.save_only_model))
+                remove_old(folder.parent, folder, limit, self.state.best_model_checkpoint)
         except OSError as error:
             raise self._not_written(step, error) from error
 
