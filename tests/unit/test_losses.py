@@ -164,6 +164,10 @@ def test_rows_that_do_not_count_change_no_loss():
     for is_regression, output, labels in ((False, logits, classes), (True, scores, values)):
         loss = RowLoss(is_regression)
         assert loss({"logits": output}, labels) == pytest.approx(loss({"logits": output[kept]}, labels[kept]).item())
+        of_step = loss({"logits": output}, labels, torch.tensor(6))
+        assert of_step * 2 == pytest.approx(loss({"logits": output}, labels).item())
+        for_each_of_two = torch.tensor(6)[None].expand(2, -1)  # what the Trainer hands over with two devices
+        assert loss({"logits": output}, labels, for_each_of_two) * 2 == pytest.approx(of_step.item())
     ids = torch.tensor([[1, 2, 3], [4, -100, -100]])
     output = {"logits": torch.randn(2, 3, 8)}
     loss = NextTokenLoss(0.1)

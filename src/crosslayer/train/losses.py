@@ -85,4 +85,8 @@ def without_repeats(labels: torch.Tensor, first_row: int, rows: int) -> torch.Te
 def _divided(total: torch.Tensor, count: Any, count_here: torch.Tensor) -> torch.Tensor:
     if count is None:
         count = count_here.clamp(min=1)
-    return total / (count.to(total.device) if torch.is_tensor(count) else count)
+    if not torch.is_tensor(count):
+        return total / count
+    # torch.nn.DataParallel: the count stands there once for each device, and the Trainer multiplies by their number,
+    # as for losses of single devices.
+    return total / (count.to(total.device).reshape(-1)[0] * count.numel())
