@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tiny_finetune
+from crosslayer.train import build_finetune_recipe
+from crosslayer.train.finetune import finetune
 from crosslayer.train.run import pretrain
+from tiny_finetune import rows_of, write_decoder, write_instructions, write_rows
 from tiny_run import tiny_content, tiny_recipe
 
 
@@ -30,6 +34,15 @@ def test_two_processes_equal_one(tmp_path):
     assert report["after"]["tokens"] == one.after["tokens"]  # no row counted twice, none left out
     assert report["after"]["loss"] == pytest.approx(one.after["loss"], rel=1e-3)
 
+    longer = [*command, "--resume", "--max_steps", "8"]
+    done = subprocess.run([*launcher, *longer], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["steps"] == 8
+    assert done.stderr.count("going on from") == 1
+    done = subprocess.run([sys.executable, *longer, "--max_steps", "12"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert "written by 2 processes and cannot be gone on from with 1" in " ".join(done.stderr.split())
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
@@ -44,3 +57,38 @@ def test_trackers(tmp_path, monkeypatch, tracker):
     assert files
     if tracker == "tensorboard":
         assert len(files) == 1  # one run, not a second one for the last evaluation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classification", "regression", "instruction"])
+def test_two_processes_fine_tune_as_one_does(tmp_path, kind):
+    """22 rows: in the last step accelerate gives the second process rows that it repeats, which must not count."""
+    data = tmp_path / "data"
+    for part, count in (("train", 22), ("validation", 11)):
+        if kind == "instruction":
+            write_instructions(data / f"{part}.jsonl", count)
+        else:
+            write_rows(data / f"{part}.jsonl", rows_of(count, len(part)))
+    model = write_decoder(tmp_path / "decoder")  # without dropout
+    training = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "logging_steps": 1}
+    content = tiny_finetune.tiny_content(tmp_path, model, data, task=kind, **training)
+    content["adapter"]["dropout"] = 0.0
+    content["data"] |= {"max_length": 96, "cache_dir": str(tmp_path / "cache")}
+    if kind == "regression":
+        content["data"]["label_column"] = "score"
+    one = finetune(build_finetune_recipe(content), tmp_path / "one")
+    content["training"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    content["training"]["per_device_eval_batch_size"] = 4
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = ["-m", "crosslayer", "finetune", "--recipe", str(recipe), "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert two["before"]["eval_loss"] == pytest.approx(one.before["eval_loss"], rel=1e-5)
+    assert two["after"]["eval_loss"] == pytest.approx(one.after["eval_loss"], rel=1e-3)
+    for name in ("loss", "grad_norm"):
+        of_one, of_two = ([line[name] for line in run if name in line] for run in (one.history, two["history"]))
+        assert len(of_one) == 3
+        assert of_two == pytest.approx(of_one, rel=2e-3)

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from crosslayer.errors import CheckpointError, ConfigError, DataError, TrainingError
 from crosslayer.train import METHODS
-from crosslayer.train.finetune import TaskTrainer, finetune, split_off_head
+from crosslayer.train.finetune import finetune, train_once
 from crosslayer.train.methods import AdapterConfig, attach
+from crosslayer.train.task_trainer import TaskTrainer, split_off_head
 from tiny_finetune import rows_of, tiny_recipe, write_decoder, write_encoder, write_instructions, write_rows, write_task
 
 
@@ -254,3 +255,29 @@ def test_counts_that_the_model_does_not_allow_are_refused_before_anything_is_wri
     with pytest.raises(CheckpointError, match="nowhere"):
         finetune(recipe, root / "too-many")
     assert not (root / "too-many").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["lor2c", "imlor2c", "lora", "full", "head"])
+def test_what_trains_is_float32(method, dtype, root, tmp_path):
+    """A head in bfloat16 did not move at a usual rate: 5e-5 is less than half a unit in its last place."""
+    model = AutoModelForSequenceClassification.from_pretrained(root / "encoder").to(dtype)
+    model.base_model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(root / "encoder").save_pretrained(tmp_path / "base")
+    kept = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            assert {p.dtype for p in trained.values()} == {torch.float32}
+            kept.append({name: p.detach().clone() for name, p in trained.items() if "classifier" in name})
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            after = dict(model.named_parameters())
+            kept.append({name: after[name].detach().clone() for name in kept[0]})
+
+    settings = {"num_train_epochs": 1, "learning_rate": 5e-5, "eval_strategy": "no"}
+    train_once(tiny_recipe(tmp_path, tmp_path / "base", root / "sst2", method=method, **settings), [Watch()])
+    assert kept[0]
+    for name, before in kept[0].items():
+        assert (kept[1][name] != before).float().mean() > 0.9

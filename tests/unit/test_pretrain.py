@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosslayer.errors import CheckpointError, ConfigError, TrainingError
 from crosslayer.train import build_recipe
+from crosslayer.train.checkpoints import last_complete_checkpoint
 from crosslayer.train.run import pretrain
-from crosslayer.train.trainer import PretrainTrainer, last_complete_checkpoint
+from crosslayer.train.trainer import PretrainTrainer
 from tiny_run import WORDS, tiny_content, tiny_recipe
 
 FILES = ("recipe.yaml", "run.json", "report.json", "report.md", "log.jsonl", "loss.png", "model/config.json")

@@ -55,9 +55,11 @@ class Position:
         """A quarter of the hidden size (arXiv 2509.18993), and no more than half of what would save nothing.
 
         The second bound is our choice: in narrow matrices, such as fine-grained experts or shared keys, a quarter of
-        the hidden size has more parameters than the matrix.
+        the hidden size has more parameters than the matrix. In a mixture a multiple of 8, which grouped products want.
         """
         half = min(i * o // (2 * (i + o)) for i, o, _ in self.matrices)
+        if self.mixture is not None and half > 8:
+            half -= half % 8
         return max(1, min(hidden_size // 4, half))
 
 

@@ -1,5 +1,6 @@
 """Perplexity and bits per byte over a whole split."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -8,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .documents import Reader, single_documents, try_out
+
+_log = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 
 
@@ -64,6 +68,9 @@ def measure_perplexity(
 ) -> Perplexity:
     """Negative log-likelihood of every label in `batches`.
 
+    With `position_ids` that restart at 0, documents are kept apart: by the model where it does so (tried out before the
+    first batch), by reading one document at a time where it does not.
+
     Args:
         model: a causal language model of transformers; put into evaluation mode and back.
         batches: each with `input_ids`, `labels` [B, T] (-100 where nothing is predicted) and what else the model takes.
@@ -71,17 +78,22 @@ def measure_perplexity(
         gather: joins the rows [B, 2] of all processes; accelerate's `gather_for_metrics` in a distributed run.
         on_batch: called after each batch.
 
-    Raises ValueError when no token is predicted at all.
+    Raises ValueError when no token is predicted at all, ConfigError for a model that sees what it is to predict.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
+    reader: Reader | None = None
     nats, tokens, published, count = 0.0, 0, 0.0, 0
     try:
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             labels = batch["labels"].to(device)
-            rows = gather(_row_sums(model(**inputs, use_cache=False).logits, labels))
+            if reader is None:
+                reader = try_out(model, device)
+                if "position_ids" in inputs and not reader.keeps_documents_apart:
+                    _log.info("%s does not keep packed documents apart; each is read alone", type(model).__name__)
+            rows = gather(_of_rows(reader, inputs, labels))
             batch_nats, batch_tokens = rows.double().sum(0).tolist()
             nats, tokens, count = nats + batch_nats, tokens + int(batch_tokens), count + 1
             published += batch_nats / max(batch_tokens, 1)
@@ -97,6 +109,20 @@ def measure_perplexity(
         batches=count,
         published_loss=published / (count + 1),
     )
+
+
+def _of_rows(reader: Reader, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> [B, 2] as `_row_sums`, documents apart where position ids restart."""
+    positions = inputs.get("position_ids")
+    if positions is None:
+        return _row_sums(reader.logits(inputs), labels)
+    labels = labels.masked_fill(positions == 0, IGNORE_INDEX)  # nothing stands before a document's first token
+    if reader.keeps_documents_apart:
+        return _row_sums(reader.logits(inputs), labels)
+    sums = torch.zeros(len(labels), 2, device=labels.device)
+    for batch, of_batch, rows in single_documents(inputs, labels):
+        sums.index_add_(0, rows, _row_sums(reader.logits(batch), of_batch))
+    return sums
 
 
 def _row_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

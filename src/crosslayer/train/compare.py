@@ -31,10 +31,12 @@ from ..accounting import count_parameters, estimate_memory, training_flops_per_t
 from ..data import DataStatistics, prepare_data
 from ..errors import ConfigError, TrainingError
 from .memory import training_method, training_step
+from .progress import LogLines
 from .recipe import Recipe, build_recipe
-from .run import build_arguments, build_model, build_model_config, earlier_recipe
-from .run_folder import check_output_dir, check_same_run, describe_run, prepare_output_dir, read_json, write_json
-from .trainer import LogLines, PretrainTrainer
+from .resume import check_fingerprints, check_same_run
+from .run import build_arguments, build_model, build_model_config, earlier_recipe, fingerprints_of
+from .run_folder import check_output_dir, describe_run, prepare_output_dir, read_json, write_json
+from .trainer import PretrainTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -188,10 +190,13 @@ def compare(
     threads = torch.get_num_threads()
     workers = options.workers or (1 if use_cuda else threads)
     prepared = prepare_data(recipe.data)  # the runs find it in the cache
+    fingerprints = fingerprints_of(prepared)
+    if resume:
+        check_fingerprints(fingerprints, output_dir)
     for content in recipes.values():  # a rank that does not fit shows here, not after an hour
         build_model_config(build_recipe(content), prepared.tokenizer)
     if not resume:
-        prepare_output_dir(output_dir, recipe, options, overwrite=overwrite)
+        prepare_output_dir(output_dir, recipe, options, fingerprints, overwrite=overwrite)
 
     make = partial(Job, validation_blocks=options.validation_blocks, threads=max(1, threads // workers))
     seed = int(recipe.training.get("seed", 0))

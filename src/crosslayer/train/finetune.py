@@ -6,6 +6,8 @@ output_dir/
   report.json, report.md    the final table         structure.png   of methods that change it
 """
 
+import hashlib
+import json
 import math
 import tempfile
 import time
@@ -28,13 +30,23 @@ from transformers import (
 from ..data.fit import check_ids, input_length
 from ..data.tasks import Task, load_task, tokenize
 from ..errors import CheckpointError, ConfigError, TrainingError
-from ..evaluate.task_metrics import check_metrics_available, measure_task
+from ..evaluate.task_metrics import check_metrics_available
 from .finetune_report import FinetuneReport, write_finetune_report
-from .methods import AdapterConfig, Attached, attach, count_trained
+from .methods import AdapterConfig, Attached, attach, count_trained, head_parameters
 from .recipe import FinetuneRecipe, load_finetune_recipe
+from .resume import (
+    changes_of_training,
+    check_fingerprints,
+    check_same_run,
+    earlier_fingerprints,
+    find_checkpoint,
+    fingerprint_of_rows,
+    fingerprint_of_weights,
+    is_finished,
+    tell_changes,
+)
 from .run_folder import (
     check_output_dir,
-    check_same_run,
     describe_run,
     is_main_process,
     peak_memory_bytes,
@@ -42,7 +54,8 @@ from .run_folder import (
     read_json,
     write_json,
 )
-from .trainer import SafeTrainer, describe_device, last_complete_checkpoint, training_arguments
+from .task_trainer import TaskTrainer
+from .trainer import SafeTrainer, check_metric, describe_device, nothing_left_behind, training_arguments
 
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 
@@ -86,15 +99,21 @@ def finetune(
     output_dir = Path(output_dir)
     if is_main_process():
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
+    changes: list[str] = []
     if resume:
-        _check_same_finetuning(recipe, output_dir)
+        earlier, changes = _check_same_finetuning(recipe, output_dir)
     task = load_task(recipe.data)
     if task.kind != "instruction":
         check_metrics_available()
     arguments = build_arguments(recipe, task, output_dir)
+    if resume:
+        changes += changes_of_training(arguments, build_arguments(earlier, task, output_dir), output_dir)
     set_seed(arguments.seed)
     model, tokenizer = load_base(recipe.model, task, recipe.adapter)
     max_length = input_length(recipe.data.max_length, model)
+    fingerprints = _fingerprints_of(task, model, tokenizer) if is_main_process() else {}
+    if resume and is_main_process():
+        check_fingerprints(fingerprints, output_dir)
     attached = attach(model, recipe.adapter, task.kind)
     if task.kind == "instruction":
         from .instruct import check_answers_fit
@@ -105,31 +124,34 @@ def finetune(
         show_plan(plan)
     if dry_run:
         return None
-    finished = read_json(output_dir / "report.json") if resume else None
-    if finished is not None and finished["steps"] >= plan.steps:
+    finished: Any = read_json(output_dir / "report.json") if resume else None
+    if is_finished(finished, plan.steps, output_dir):
+        tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return FinetuneReport(**finished)
+    checkpoint = find_checkpoint(arguments, output_dir, plan.steps) if resume else None
+    tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
+    with nothing_left_behind(output_dir):
+        trainer = make_trainer(recipe, task, attached, tokenizer, arguments)
+        trainer.check_optimizer(plan.steps)
     if is_main_process():
-        prepare_output_dir(output_dir, recipe, plan, overwrite=overwrite)
-    return _train(recipe, task, attached, tokenizer, arguments, plan, output_dir, resume)
+        prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
+    return _train(recipe, task, attached, trainer, plan, output_dir, checkpoint)
 
 
 def _train(
     recipe: FinetuneRecipe,
     task: Task,
     attached: Attached,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: TrainingArguments,
+    trainer: SafeTrainer,
     plan: FinetunePlan,
     output_dir: Path,
-    resume: bool,
+    checkpoint: Path | None,
 ) -> FinetuneReport:
     started = time.perf_counter()
-    trainer = make_trainer(recipe, task, attached, tokenizer, arguments)
-    checkpoint = last_complete_checkpoint(output_dir) if resume else None
-    if checkpoint is not None:
-        before = read_json(output_dir / "before.json")
-    else:
+    arguments, tokenizer = trainer.args, trainer.processing_class
+    before = None if checkpoint is None else read_json(output_dir / "before.json")
+    if before is None:
         before = trainer.evaluate()
         trainer.state.log_history.clear()
         if is_main_process():
@@ -266,8 +288,16 @@ def build_arguments(recipe: FinetuneRecipe, task: Task, output_dir: Path) -> Tra
     if task.kind == "instruction":
         from .instruct import instruction_arguments
 
-        return instruction_arguments(settings, recipe.data.max_length, output_dir)
-    return training_arguments(TrainingArguments, settings, output_dir)
+        arguments = instruction_arguments(settings, recipe.data.max_length, output_dir)
+    else:
+        arguments = training_arguments(TrainingArguments, settings, output_dir)
+    check_metric(arguments, tuple(dict.fromkeys([*task.metrics, "loss"])))
+    if task.kind == "regression" and arguments.label_smoothing_factor:
+        raise ConfigError(
+            f"label_smoothing_factor={arguments.label_smoothing_factor:g} smooths classes, and {task.name} has scores; "
+            "leave it out"
+        )
+    return arguments
 
 
 def default_training(task: Task, adapter: AdapterConfig) -> dict[str, Any]:
@@ -363,55 +393,10 @@ def make_trainer(
         eval_dataset=tokenize(task.validation, tokenizer, max_length),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda prediction: measure_task(task.metrics, prediction.predictions, prediction.label_ids),
-        preprocess_logits_for_metrics=_scores if task.kind == "regression" else _classes,
+        task=task,
         callbacks=attached.callbacks,
         head_lr_factor=recipe.adapter.head_lr_factor,
     )
-
-
-class TaskTrainer(SafeTrainer):
-    """SafeTrainer whose new head may take a learning rate of its own."""
-
-    def __init__(self, *args, head_lr_factor: float = 1.0, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.head_lr_factor = head_lr_factor
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        had_none = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if had_none and self.head_lr_factor != 1.0:
-            split_off_head(optimizer, self.model, self.args.learning_rate * self.head_lr_factor)
-        return optimizer
-
-
-def split_off_head(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
-    """Give the head's parameters groups of their own with another learning rate; before the first step."""
-    from .methods import head_parameters
-
-    is_peft = hasattr(model, "peft_config")
-    names = set() if is_peft else head_parameters(model)
-    head = {id(p) for name, p in model.named_parameters() if "modules_to_save." in name or name in names}
-    for group in list(optimizer.param_groups):
-        own = [parameter for parameter in group["params"] if id(parameter) in head]
-        rest = [parameter for parameter in group["params"] if id(parameter) not in head]
-        if own and rest:
-            group["params"] = rest
-            optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
-        elif own:
-            group["lr"] = learning_rate
-
-
-def _classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    return _logits(logits).argmax(dim=-1)
-
-
-def _scores(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    return _logits(logits).squeeze(-1)
-
-
-def _logits(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 def number_of_blocks(model: nn.Module) -> int | None:
@@ -420,12 +405,27 @@ def number_of_blocks(model: nn.Module) -> int | None:
     return len(tuner.structure().places) if hasattr(tuner, "num_adapter_parameters") else None
 
 
-def _check_same_finetuning(recipe: FinetuneRecipe, output_dir: Path) -> None:
+def _check_same_finetuning(recipe: FinetuneRecipe, output_dir: Path) -> tuple[FinetuneRecipe, list[str]]:
+    """The recipe of the run in the folder, and what differs and may. Raises ConfigError where it is another run."""
     try:
-        earlier = load_finetune_recipe(output_dir / "recipe.yaml").to_dict()
+        began = load_finetune_recipe(output_dir / "recipe.yaml")
     except ConfigError as error:
         raise CheckpointError(f"{output_dir} cannot be resumed: {error}") from None
-    now = recipe.to_dict()
+    now, earlier = recipe.to_dict(), began.to_dict()
     for content in (now, earlier):
         content["recipe"] = {"model": content["model"]}
-    check_same_run(now, earlier, ("recipe", "data", "adapter"), output_dir)
+    has_fingerprints = earlier_fingerprints(output_dir) is not None
+    return began, check_same_run(now, earlier, ("recipe", "data", "adapter"), output_dir, has_fingerprints)
+
+
+def _fingerprints_of(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What a run reads: its rows, the pre-trained weights (not the new head) and the tokenizer."""
+    new = set() if task.kind == "instruction" else head_parameters(model)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in new}
+    vocabulary = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
+    return {
+        "training rows": fingerprint_of_rows(task.train),
+        "validation rows": fingerprint_of_rows(task.validation),
+        "model": fingerprint_of_weights(weights),
+        "tokenizer": hashlib.sha256(json.dumps(vocabulary, sort_keys=True, default=str).encode()).hexdigest(),
+    }

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from ..errors import ConfigError, DataError
+from .losses import IGNORE_INDEX
 from .trainer import SafeTrainer, training_arguments
 
 try:
@@ -26,7 +29,49 @@ PLAIN_CHAT_TEMPLATE = (
 
 
 class InstructionTrainer(SafeTrainer, SFTTrainer):
-    """SFTTrainer, with SafeTrainer's care for broken runs. The loss is over the answers alone."""
+    """SFTTrainer, with SafeTrainer's care for broken runs. The loss is over the answers alone.
+
+    `eval_loss` is the mean over the predicted tokens of the validation rows, without label smoothing, whatever the
+    batches and processes (SFTTrainer's is a mean of batch means).
+    """
+
+    model_accepts_loss_kwargs: bool
+
+    def __init__(self, *args, **kwargs) -> None:
+        # TRL asks who wants label smoothing to bring a smoother; the Trainer's own does.
+        arguments = kwargs["args"]
+        smoothing, arguments.label_smoothing_factor = arguments.label_smoothing_factor, 0.0
+        super().__init__(*args, **kwargs)
+        arguments.label_smoothing_factor = smoothing
+        self.label_smoother = LabelSmoother(epsilon=smoothing) if smoothing else None
+        # TRL's loss is divided by `num_items_in_batch` whatever the model's own does with it.
+        self.model_accepts_loss_kwargs = True
+        self._batches: list[tuple[float, int]] = []  # of the evaluation under way: loss, predicted tokens
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> Any:
+        self._batches = []
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.label_smoother = smoother
+        tokens = sum(count for _, count in self._batches)
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(loss * count for loss, count in self._batches) / tokens
+            for name, values in self._metrics["eval"].items():
+                if len(values) == len(self._batches):
+                    pairs = zip(values, self._batches, strict=True)
+                    self._metrics["eval"][name] = [sum(value * count for value, (_, count) in pairs) / tokens]
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self.without_repeats(inputs)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().to(loss.device)
+        of_all = self.accelerator.gather(torch.stack([loss.double() * count, count.double()])[None])
+        total, tokens = of_all.sum(0).tolist()
+        self._batches.append((total / max(tokens, 1), int(tokens)))
+        return loss, logits, labels
 
 
 def instruction_arguments(settings: dict[str, Any], max_length: int, output_dir: Path) -> TrainingArguments:
@@ -65,8 +110,6 @@ def sample_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, count: int = 3, max_new_tokens: int = 64
 ) -> list[dict[str, str]]:
     """Greedy answers to the first prompts of `rows`: [{"prompt", "answer", "expected"}]."""
-    import torch
-
     model.eval()
     samples = []
     for row in rows.select(range(min(count, len(rows)))):

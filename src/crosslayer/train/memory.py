@@ -68,7 +68,7 @@ def choose_recompute(config: CRNetConfig, arguments: "TrainingArguments", block_
             f"{arguments.per_device_train_batch_size} or block_size={block_size}"
         )
     size, method = min(fitting, key=lambda pair: count_operations(config, block_size, pair[1]).total)
-    if config.factorization == "cross_layer":
+    if method.recompute != "layers" and config.factorization != "dense":
         config.recompute, config.recompute_interval = method.recompute, method.interval
     else:
         arguments.activation_checkpointing = method.recompute == "layers"

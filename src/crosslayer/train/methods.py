@@ -20,6 +20,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
@@ -136,7 +137,7 @@ class Attached:
 def attach(
     model: nn.Module, adapter: AdapterConfig, kind: Literal["classification", "regression", "instruction"]
 ) -> Attached:
-    """Make `model` trainable as `adapter` says.
+    """Make `model` trainable as `adapter` says. What trains is float32, whatever the dtype of the rest.
 
     Raises ConfigError (or LoR2C's own errors) when the method does not fit the model.
     """
@@ -159,12 +160,36 @@ def attach(
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"method={adapter.method!r}: {' '.join(str(error).split())}") from error
+    train_in_float32(adapted)
     if adapter.method not in (*FUSING, *INJECTING):
         return Attached(adapted)
     callback = _structure_callback(adapter)
     # Looks at the model now, not only when training has begun: counts that it does not allow are wrong input.
     callback.on_train_begin(None, TrainerState(), TrainerControl(), model=adapted)
     return Attached(adapted, [callback])
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Trained weights in half precision become float32, and their modules take inputs of any dtype.
+
+    PEFT sees to its adapters, not to a new head: steps of a usual learning rate are lost in the 8 bits of bfloat16.
+    """
+    for module in model.modules():
+        half = [p for p in module.parameters(recurse=False) if p.requires_grad and p.dtype in _HALF]
+        for parameter in half:
+            parameter.data = parameter.data.float()
+        if half:
+            module.register_forward_pre_hook(_in_float32, with_kwargs=True)
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _in_float32(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def widened(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.dtype in _HALF else value
+
+    return tuple(map(widened, args)), {name: widened(value) for name, value in kwargs.items()}
 
 
 def head_parameters(model: nn.Module) -> set[str]:

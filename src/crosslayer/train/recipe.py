@@ -32,10 +32,10 @@ from ..data import DataConfig, TaskConfig
 from ..errors import ConfigError
 from .methods import AdapterConfig
 from .parameter_groups import ParameterGroups
+from .ranges import MODEL, PRETRAINING, TRAINING, out_of_range, warmup_problem
 from .values import convert, describe, load_yaml, plain
 
 Content = Mapping[str, Any]
-_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f]{1,200}")  # a folder below runs/, and nowhere else
 
 # Set by crosslayer itself; a recipe that sets them would be ignored in part, so it is refused.
 RESERVED_TRAINING_FIELDS = {
@@ -164,16 +164,31 @@ def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) 
             continue
         _set(sections, known, candidates[0], name, value, problems)
 
+    given = {key.rpartition(".")[2] for key in overrides or {}}
+    if "lr_scheduler_type" in given and "lr_scheduler_kwargs" not in given:
+        sections["training"].pop("lr_scheduler_kwargs", None)  # they belong to the recipe's own schedule
+
     if "model" in kind.PLAIN and "model" not in texts:
         problems.append("model is missing; give a folder or a name on the hub")
-    if not _NAME.fullmatch(texts["name"]):
-        problems.append(f"name={texts['name']!r} is no name of a folder; leave / and a dot in front out")
+    is_pretraining = kind is Recipe
+    problems += out_of_range(sections["training"], TRAINING | (PRETRAINING if is_pretraining else {}), "training")
+    problems += out_of_range(sections["model"], MODEL, "model") if is_pretraining else []
+    problems += _name_problem(texts["name"])
+    if "max_steps" not in given or "warmup_steps" in given:  # a short trial of a long recipe may end while it warms up
+        problems += warmup_problem(sections["training"])
     if problems:
         raise ConfigError("; ".join(problems))
     parts: dict[str, Any] = {
         section: _OWNERS.get((kind, section), dict)(**sections[section]) for section in kind.SECTIONS
     }
     return kind(**texts, **parts)
+
+
+def _name_problem(name: str) -> list[str]:
+    """A run's folder is called after it: one part of a path, and no more."""
+    if name.strip() and name not in (".", "..") and not re.search(r"[/\\\x00-\x1f]", name) and len(name) <= 200:
+        return []
+    return [f"name={name!r} cannot be a folder's; give a short name without / and \\ (--output_dir says where)"]
 
 
 _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {

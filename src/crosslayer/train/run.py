@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -23,13 +23,24 @@ from ..crnet import crnet_config
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
 from ..data.files import printable
 from ..data.fit import check_special_tokens, ids_needed
+from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, TrainingError
 from .memory import choose_recompute, training_method, training_step
 from .recipe import Recipe, load_recipe
 from .report import RunReport, write_card, write_report
+from .resume import (
+    changes_of_section,
+    changes_of_training,
+    check_fingerprints,
+    check_same_run,
+    earlier_fingerprints,
+    find_checkpoint,
+    fingerprint_of_blocks,
+    is_finished,
+    tell_changes,
+)
 from .run_folder import (
     check_output_dir,
-    check_same_run,
     describe_run,
     is_main_process,
     peak_memory_bytes,
@@ -37,9 +48,18 @@ from .run_folder import (
     read_json,
     write_json,
 )
-from .trainer import EvaluateAtTheEnd, PretrainTrainer, describe_device, last_complete_checkpoint, training_arguments
+from .stream import Passes
+from .trainer import (
+    EvaluateAtTheEnd,
+    PretrainTrainer,
+    check_metric,
+    describe_device,
+    nothing_left_behind,
+    training_arguments,
+)
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 _log = logging.getLogger(__name__)
@@ -120,7 +140,11 @@ def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
         "label_names": ["labels"],
         "disable_tqdm": False,
     }
-    return training_arguments(TrainingArguments, {**defaults, **recipe.training}, output_dir)
+    if "metric_for_best_model" in recipe.training:
+        defaults["greater_is_better"] = False
+    arguments = training_arguments(TrainingArguments, {**defaults, **recipe.training}, output_dir)
+    check_metric(arguments, ("loss", "perplexity", "bits_per_byte"))
+    return arguments
 
 
 def build_model(config: Any, seed: int) -> Any:
@@ -199,10 +223,9 @@ def pretrain(
     output_dir = Path(output_dir)
     if is_main_process():
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
-    if resume:
-        check_same_run(recipe.to_dict(), earlier_recipe(output_dir), ("model", "data"), output_dir)
     build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
+    changes = _check_resumption(recipe, arguments, output_dir) if resume else []
 
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
         prepared = prepare_data(recipe.data)
@@ -210,31 +233,61 @@ def pretrain(
     is_auto = recipe.model.get("recompute") == AUTO
     recompute = choose_recompute(config, arguments, recipe.data.block_size) if is_auto else None
     plan = make_plan(recipe, config, prepared, arguments, recompute)
+    fingerprints = fingerprints_of(prepared) if is_main_process() else {}
+    if resume and is_main_process():
+        check_fingerprints(fingerprints, output_dir)
     if is_main_process():
         show_plan(plan)
     if dry_run:
         return None
     finished = _finished_report(output_dir, plan) if resume else None
     if finished is not None:
+        tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return finished
+    checkpoint = find_checkpoint(arguments, output_dir, plan.steps) if resume else None
+    tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
+    started = time.perf_counter()
+    with nothing_left_behind(output_dir):
+        trainer, report = _make_trainer(recipe, config, prepared, arguments, plan, output_dir)
+        trainer.check_optimizer(plan.steps)
     if is_main_process():
-        prepare_output_dir(output_dir, recipe, plan, overwrite=overwrite)
-    return _train(recipe, config, prepared, arguments, plan, output_dir, resume)
+        prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
+    return _train(trainer, report, output_dir, checkpoint, started)
 
 
-def _train(
+def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir: Path) -> list[str]:
+    """What differs from the run in the folder and will be applied. Raises ConfigError, CheckpointError."""
+    now, earlier = recipe.to_dict(), earlier_recipe(output_dir)
+    has_fingerprints = earlier_fingerprints(output_dir) is not None and not recipe.data.streaming
+    changes = check_same_run(now, earlier, ("model", "data"), output_dir, has_fingerprints)
+    before = build_arguments(load_recipe(output_dir / "recipe.yaml"), output_dir)
+    changes += changes_of_training(arguments, before, output_dir)
+    return changes + changes_of_section(now["parameter_groups"], earlier["parameter_groups"])
+
+
+def fingerprints_of(prepared: PreparedData) -> dict[str, str]:
+    """What the blocks of a run hold; of a stream, whose blocks are made while it trains, the validation part."""
+    found = {
+        "tokenizer": tokenizer_fingerprint(prepared.tokenizer),
+        "validation data": fingerprint_of_blocks(prepared.validation),
+    }
+    if hasattr(prepared.train, "__len__"):
+        found["training data"] = fingerprint_of_blocks(cast("Dataset", prepared.train))
+    return found
+
+
+def _make_trainer(
     recipe: Recipe,
     config: Any,
     prepared: PreparedData,
     arguments: "TrainingArguments",
     plan: Plan,
     output_dir: Path,
-    resume: bool,
-) -> RunReport:
+) -> tuple[PretrainTrainer, RunReport]:
+    """The Trainer of a run, and its report as far as it is known."""
     from transformers import default_data_collator
 
-    started = time.perf_counter()
     model = build_model(config, arguments.seed)
     report = RunReport(
         recipe=recipe.to_dict(),
@@ -254,7 +307,7 @@ def _train(
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
-        train_dataset=prepared.train,
+        train_dataset=prepared.train if plan.train_blocks is not None else Passes(prepared.train),
         eval_dataset=prepared.validation,
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
@@ -264,11 +317,14 @@ def _train(
         write_card=lambda folder: write_card(folder, config, report),
         health_file=output_dir / HEALTH_FILE,
     )
+    return trainer, report
 
-    checkpoint = last_complete_checkpoint(output_dir) if resume else None
-    if checkpoint is not None:
-        before = read_json(output_dir / "before.json")
-    else:
+
+def _train(
+    trainer: PretrainTrainer, report: RunReport, output_dir: Path, checkpoint: Path | None, started: float
+) -> RunReport:
+    before = None if checkpoint is None else read_json(output_dir / "before.json")
+    if before is None:
         before = trainer.evaluate()
         trainer.state.log_history.clear()
         if is_main_process():
@@ -283,7 +339,8 @@ def _train(
             f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
         ) from None
 
-    if trainer.last_evaluation is None:  # resumed after its last step
+    # Resumed after its last step, or other weights now than at the last evaluation.
+    if trainer.last_evaluation is None or trainer.args.load_best_model_at_end:
         trainer.evaluate()
     report.before, report.after = before, trainer.last_evaluation
     report.steps = trainer.state.global_step
@@ -291,33 +348,37 @@ def _train(
     throughput = trainer.throughput
     if throughput.total_seconds:
         report.tokens_per_s = throughput.total_tokens / throughput.total_seconds
-    report.peak_memory_bytes = peak_memory_bytes(arguments.device)
+    report.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
     report.seconds = time.perf_counter() - started
     report.history = trainer.state.log_history
 
     try:
         trainer.save_model(str(output_dir / MODEL_FOLDER))
-        if arguments.should_save:
+        if trainer.args.should_save:
             write_report(output_dir, report)
     except OSError as error:
         raise TrainingError(
             f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"
         ) from error
     report.model = trainer.model
-    report.tokenizer = prepared.tokenizer
+    report.tokenizer = trainer.processing_class
     return report
 
 
 def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:
     """The report of a run that has taken all its steps, with its model; None when there is work left."""
     content = read_json(output_dir / "report.json")
-    if content is None or content["steps"] < plan.steps or not (output_dir / MODEL_FOLDER / "config.json").is_file():
+    if not is_finished(content, plan.steps, output_dir) or not (output_dir / MODEL_FOLDER / "config.json").is_file():
         return None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     report = RunReport(**content)
-    report.model = AutoModelForCausalLM.from_pretrained(output_dir / MODEL_FOLDER)
-    report.tokenizer = AutoTokenizer.from_pretrained(output_dir / MODEL_FOLDER)
+    try:
+        report.model = AutoModelForCausalLM.from_pretrained(output_dir / MODEL_FOLDER)
+        report.tokenizer = AutoTokenizer.from_pretrained(output_dir / MODEL_FOLDER)
+    except Exception as error:  # weights and tokenizers that were cut off raise many kinds
+        _log.warning("%s cannot be read (%s); it is made anew", output_dir / MODEL_FOLDER, type(error).__name__)
+        return None
     return report
 
 

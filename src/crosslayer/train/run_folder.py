@@ -10,7 +10,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -51,8 +50,11 @@ def check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> None
     )
 
 
-def prepare_output_dir(output_dir: Path, recipe: Any, plan: Any, *, overwrite: bool) -> None:
-    """Make the folder and write recipe.yaml and run.json into it; `recipe` saves itself, `plan` is a dataclass.
+def prepare_output_dir(
+    output_dir: Path, recipe: Any, plan: Any, fingerprints: dict[str, str], *, overwrite: bool
+) -> None:
+    """Make the folder and write recipe.yaml and run.json into it; `recipe` saves itself, `plan` is a dataclass,
+    `fingerprints` say what the run reads (resume.py).
 
     Raises CheckpointError when it cannot be written."""
     try:
@@ -60,27 +62,9 @@ def prepare_output_dir(output_dir: Path, recipe: Any, plan: Any, *, overwrite: b
             shutil.rmtree(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         recipe.save(output_dir / "recipe.yaml")
-        write_json(output_dir / RUN_FILE, {**describe_run(), "plan": asdict(plan)})
+        write_json(output_dir / RUN_FILE, {**describe_run(), "plan": asdict(plan), "fingerprints": fingerprints})
     except OSError as error:
         raise CheckpointError(f"{output_dir} cannot be written: {error.strerror}; choose another folder") from None
-
-
-def check_same_run(now: dict[str, Any], earlier: dict[str, Any], sections: Sequence[str], output_dir: Path) -> None:
-    """Raises ConfigError where the given sections of two recipes differ.
-
-    A run goes on with its own model and data; steps, rates and intervals may change.
-    """
-    changed = [
-        f"{section}.{name}={now[section].get(name)!r}, was {earlier[section].get(name)!r}"
-        for section in sections
-        for name in sorted({*now[section], *earlier[section]} - {"cache_dir"})
-        if now[section].get(name) != earlier[section].get(name)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{output_dir} cannot be resumed with another model or other data ({'; '.join(changed)}); give the same, "
-            "or another --output_dir"
-        )
 
 
 def describe_run() -> dict[str, Any]:

@@ -1,26 +1,27 @@
 """transformers' Trainer, told about broken runs, parameter groups and whole-split perplexity."""
 
-import json
-import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..accounting import peak_flops, training_flops_per_token
 from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient_norms, increment_ratios
 from ..crnet import CRNetConfig, CrossLayerLinear
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, CrossLayerError, TrainingError
 from ..evaluate import measure_perplexity
+from .checkpoints import last_complete_checkpoint, remove_old, write_manifest
+from .losses import NextTokenLoss, without_repeats
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
-
-_log = logging.getLogger(__name__)
+from .progress import LogLines, Progress
 
 
 def training_arguments(kind: type[TrainingArguments], settings: dict[str, Any], output_dir: Path) -> TrainingArguments:
@@ -54,6 +55,29 @@ def _check_intervals(arguments: TrainingArguments) -> None:
             )
 
 
+def check_metric(arguments: TrainingArguments, metrics: Sequence[str]) -> None:
+    """Raises ConfigError where the best checkpoint is to be chosen by a number that no evaluation gives."""
+    chosen = arguments.metric_for_best_model
+    if chosen is not None and chosen.removeprefix("eval_") not in metrics:
+        raise ConfigError(f"training.metric_for_best_model={chosen!r} is none of {', '.join(metrics)}")
+
+
+@contextmanager
+def nothing_left_behind(output_dir: Path) -> Iterator[None]:
+    """For what is made before a run's folder is: turns what libraries refuse into ConfigError, and removes the empty
+    folder that the Trainer makes."""
+    existed = output_dir.exists()
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError) as error:
+        if not existed and output_dir.is_dir():
+            with suppress(OSError):
+                output_dir.rmdir()
+        if isinstance(error, CrossLayerError):
+            raise
+        raise ConfigError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
 def describe_device(arguments: TrainingArguments) -> tuple[str, str, str]:
     """(device, why this one, precision) in words."""
     precision = "bf16 autocast" if arguments.bf16 else "fp16 autocast" if arguments.fp16 else "float32"
@@ -63,12 +87,19 @@ def describe_device(arguments: TrainingArguments) -> tuple[str, str, str]:
     return f"cpu, {torch.get_num_threads()} threads", reason, precision
 
 
+_OF_GROUPS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
+"""Settings of parameter groups that a resumed run may change; the rate comes from the schedule."""
+
+
 class SafeTrainer(Trainer):
     """Trainer that stops a broken run: a loss that is not finite, a checkpoint that cannot be written.
 
     As a first base class it does the same for other Trainers.
 
-    - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite;
+    - `train`: with several processes they train one model also after an evaluation;
+    - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite; adds hashes;
+    - `get_batch_samples`: rows that accelerate repeats to give every process as many do not count a second time;
+    - `_load_optimizer_and_scheduler`: a resumed run takes its own rates, decay and schedule;
     - progress: a bar with the loss, or log lines, in place of printed dictionaries.
     """
 
@@ -79,30 +110,92 @@ class SafeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.losses_are_finite: torch.Tensor | bool = True
         self.add_callback(StopWhenNotFinite(self))
+        self.add_callback(OwnIntervals())
         # The Trainer has one of the two; its own print dictionaries, one of them to standard output.
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(Progress())
         elif self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines())
 
+    def train(self, *args, **kwargs) -> Any:
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            # An evaluation before the first step prepared the model without DistributedDataParallel. accelerate would
+            # take it for wrapped, and every process would train alone, on its own rows.
+            self.model_wrapped = self.model
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
+    def check_optimizer(self, steps: int) -> None:
+        """Make optimizer and schedule once and drop them: what they refuse shows before anything is written."""
+        name = str(self.args.optim)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or "lomo" in name or "layerwise" in name:
+            return  # they change the model, or need it wrapped
+        self.create_optimizer_and_scheduler(num_training_steps=steps)
+        self.optimizer, self.lr_scheduler = None, None
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses_are_finite = self.losses_are_finite & torch.isfinite(loss)
         return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        return super().get_batch_samples(map(self.without_repeats, epoch_iterator), num_batches, device)
+
+    def without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The last batch of a pass over the data with several processes: labels of repeated rows do not count."""
+        data = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not data.end_of_dataloader or data.remainder < 1 or "labels" not in batch:
+            return batch
+        first_row = self.args.process_index * len(batch["labels"])
+        return {**batch, "labels": without_repeats(batch["labels"], first_row, data.remainder)}
 
     def _save_checkpoint(self, model, trial) -> None:
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise TrainingError(f"weights are not finite at step {step}; {self.last_good_checkpoint()}")
+        # Older ones go when this one is whole, hashes and all; and only folders that are checkpoints.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise TrainingError(
-                f"checkpoint of step {step} could not be written ({reason}); {self.last_good_checkpoint()}"
-            ) from error
+            raise self._not_written(step, error) from error
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # every process has written its random state
+        try:
+            if self.args.should_save:
+                write_manifest(folder, processes=self.args.world_size, weights_only=bool(self.args.save_only_model))
+                remove_old(folder.parent, folder, limit, self.state.best_model_checkpoint)
+        except OSError as error:
+            raise self._not_written(step, error) from error
+
+    def _not_written(self, step: int, error: Exception) -> TrainingError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return TrainingError(
+            f"checkpoint of step {step} could not be written ({reason}); {self.last_good_checkpoint()}"
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer, schedule = cast(torch.optim.Optimizer, self.optimizer), self.lr_scheduler
+        asked = [{name: group[name] for name in _OF_GROUPS if name in group} for group in optimizer.param_groups]
+        rates = list(getattr(schedule, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # Both bring back the rates of the run that wrote them; this run has its own.
+        for group, settings in zip(optimizer.param_groups, asked, strict=True):
+            group.update(settings)
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs = rates
+            schedule._last_lr = [
+                rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
+        return None
 
     def last_good_checkpoint(self) -> str:
         """Words for an error message: where the run can go on from."""
@@ -133,6 +226,9 @@ class PretrainTrainer(SafeTrainer):
         health_file: Path | None = None,
         **kwargs,
     ) -> None:
+        smoothing = kwargs["args"].label_smoothing_factor
+        if smoothing:  # the Trainer's own way knows only transformers' model classes, and shifts no labels for others
+            kwargs["compute_loss_func"] = NextTokenLoss(smoothing)
         super().__init__(*args, **kwargs)
         self.parameter_groups = parameter_groups
         self.validation_bytes = validation_bytes
@@ -215,21 +311,6 @@ class PretrainTrainer(SafeTrainer):
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.write_card is not None and self.args.should_save:
             self.write_card(Path(output_dir or self.args.output_dir))
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint-N folder with the largest N that was written to its end, None when there is none.
-
-    trainer_state.json is written last; one that cannot be read marks a folder that a crash left behind.
-    """
-    steps = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            steps.append((int(state["global_step"]), folder))
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(steps)[1] if steps else None
 
 
 def beta_range(model: torch.nn.Module) -> dict[str, float]:
@@ -347,57 +428,16 @@ class StopWhenNotFinite(TrainerCallback):
             )
 
 
+class OwnIntervals(TrainerCallback):
+    """A resumed run logs, evaluates and saves as often as it was asked to; the Trainer does as its checkpoint says."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class EvaluateAtTheEnd(TrainerCallback):
     """Evaluates after the last step, whatever `eval_steps` says, while trackers still listen."""
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
-
-
-class Progress(ProgressCallback):
-    """The Trainer's bar, with loss and tokens/s beside its ETA instead of a line per log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        if "loss" in logs:
-            shown = {"loss": f"{logs['loss']:.3f}"}
-            if "tokens_per_s" in logs:
-                shown["tokens/s"] = f"{logs['tokens_per_s']:,.0f}"
-            self.training_bar.set_postfix(shown)
-        elif "eval_loss" in logs:
-            self.training_bar.write(_in_words(state, logs))
-
-
-class LogLines(TrainerCallback):
-    """One log line for each loss, for runs without a bar (`disable_tqdm`)."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
-            _log.info(_in_words(state, logs))
-
-
-def _in_words(state, logs: dict[str, float]) -> str:
-    if "eval_loss" in logs:
-        found = [
-            f"{name.removeprefix('eval_').replace('_', ' ')} {logs[name]:.{digits}f}"
-            for name, digits in _SHOWN.items()
-            if name in logs
-        ]
-        return f"step {state.global_step}: validation {', '.join(found)}"
-    speed = f", {logs['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in logs else ""
-    return f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}{speed}"
-
-
-_SHOWN = {
-    "eval_loss": 4,
-    "eval_perplexity": 2,
-    "eval_accuracy": 4,
-    "eval_f1": 4,
-    "eval_matthews_correlation": 4,
-    "eval_pearson": 4,
-    "eval_spearman": 4,
-    "eval_mean_token_accuracy": 4,
-}
-"""What is said about an evaluation, with digits."""
