@@ -1,4 +1,4 @@
-"""Bytes by arithmetic against real steps: what is saved within 1 %, the peak and its parts within 5 %.
+"""Bytes by arithmetic against real steps: what is saved within 1 %, the peak and its parts from 5 % below to 8 % above.
 
 The peak is the allocator's. torch's MemTracker, which knows parts, agrees with it where autograd saves the hidden
 states anyway; around a hand-written backward its own hooks keep one hidden state per layer alive, which nothing else
@@ -152,11 +152,16 @@ def peak_without_weights(shape, step, method):
     )
 
 
-def assert_peak(model, step, method, rel=0.05):
+BELOW, ABOVE = 0.95, 1.08
+"""Of the measured peak; an estimate that is too low is the worse one."""
+
+
+def assert_peak(model, step, method, bounds=(BELOW, ABOVE)):
     model.fused_loss = step.fused_loss
     dtype = torch.bfloat16 if step.precision.is_autocast else None
     run = make_step(model, ids_of(model), dtype=dtype)
-    assert peak_without_weights(Shape.of(model.config), step, method) == pytest.approx(allocated_peak(run), rel=rel)
+    ratio = peak_without_weights(Shape.of(model.config), step, method) / allocated_peak(run)
+    assert bounds[0] <= ratio <= bounds[1]
 
 
 @pytest.mark.parametrize("precision", PRECISION)
@@ -177,7 +182,7 @@ def test_peak_with_a_policy(policy, interval, precision):
 @pytest.mark.parametrize(("factorization", "policy"), WITHOUT_CARRY)
 def test_peak_where_nothing_carries(factorization, policy, precision):
     model, method = built(dtype=PRECISION[precision][0], factorization=factorization, recompute=policy)
-    assert_peak(model, step_of(precision), method, rel=0.2)
+    assert_peak(model, step_of(precision), method, bounds=(0.8, 1.2))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -200,8 +205,8 @@ def test_parts_are_those_of_mem_tracker(fields, checkpointing):
     assert expected["weights"] == found["PARAM"]
     assert expected["optimizer"] == pytest.approx(found["OPT"], rel=0.01)  # a counter for each tensor
     moving = sum(expected[part] for part in ("gradients", "activations", "live", "logits", "temporary"))
-    assert moving == pytest.approx(found["GRAD"] + found["ACT"] + found["TEMP"], rel=0.05)
-    assert sum(expected.values()) == pytest.approx(found["Total"], rel=0.05)
+    assert BELOW <= moving / (found["GRAD"] + found["ACT"] + found["TEMP"]) <= ABOVE
+    assert BELOW <= sum(expected.values()) / found["Total"] <= ABOVE
 
 
 def test_the_whole_step_of_a_policy():

@@ -113,7 +113,7 @@ class CrossLayerFields:
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         window = config.sliding_window if self.layer_kind(layer_idx) == "sliding_attention" else None
-        return AttentionShape(heads, getattr(config, "num_key_value_heads", None) or heads, width, width, window)
+        return AttentionShape(heads, getattr(config, "num_key_value_heads", heads), width, width, window)
 
     def norm_parameters(self, layer_idx: int | None) -> int:
         """Parameters of the norms of a block; with None, of the one after the last block."""
@@ -180,7 +180,7 @@ class CrossLayerFields:
         if check is not None:
             check()
         heads = self.num_attention_heads  # type: ignore[attr-defined]
-        key_value_heads = getattr(self, "num_key_value_heads", None) or heads
+        key_value_heads = getattr(self, "num_key_value_heads", heads)
         if key_value_heads < 1 or heads % key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}; choose "
