@@ -121,11 +121,17 @@ class FamilyCase:
 
 @torch.no_grad()
 def randomize(model):
-    """As `model_cases.randomize`; the correction of DeepSeek's router is a buffer."""
+    """As `model_cases.randomize`, which knows neither GPT-2's names nor the buffer of DeepSeek's routers."""
+    model_cases.randomize(model)
+    for name, parameter in model.named_parameters():
+        if ".ln_" in name and name.endswith("weight"):
+            parameter.add_(1)
+        elif name.endswith(("wte.weight", "wpe.weight")):
+            parameter.mul_(0.5 * parameter.shape[-1] ** 0.5)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.linspace(-0.3, 0.3, buffer.numel()))
-    return model_cases.randomize(model)
+    return model
 
 
 @torch.no_grad()

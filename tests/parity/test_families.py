@@ -3,7 +3,13 @@
 import pytest
 
 from family_cases import FAMILY_CASES
-from family_checks import check_dense_is_theirs, check_policies, check_recurrence, check_replay_is_none
+from family_checks import (
+    check_dense_is_theirs,
+    check_policies,
+    check_recurrence,
+    check_replay_is_none,
+    check_saved_bytes,
+)
 
 every_family = pytest.mark.parametrize("case", FAMILY_CASES.values(), ids=FAMILY_CASES)
 
@@ -33,3 +39,8 @@ def test_policies(case, factorization):
 @every_family
 def test_replay_is_none(case):
     check_replay_is_none(case)
+
+
+@every_family
+def test_saved_bytes(case):
+    check_saved_bytes(case)
