@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import crosslayer.crnet
-from crosslayer.crnet import CRNetForCausalLM, CRNetForSequenceClassification, CRNetModel
+from crosslayer.crnet import FAMILIES, CRNetForCausalLM, CRNetForSequenceClassification, CRNetModel
+from family_cases import FAMILY_CASES
 from model_cases import model_of, tokens
 
 SOURCES = Path(crosslayer.crnet.__file__).parent
@@ -61,9 +62,12 @@ def run_without_crosslayer(script, folder):
     return done.stdout
 
 
-def carried_files() -> set[str]:
-    """The modelling file and everything it reaches through relative imports."""
-    found, waiting = set(), {"modeling_crnet"}
+STEMS = [stem for stem, _ in FAMILIES.values()]
+
+
+def carried_files(stem: str = "crnet") -> set[str]:
+    """The modelling file of a family and everything it reaches through relative imports."""
+    found, waiting = set(), {f"modeling_{stem}"}
     while waiting:
         name = waiting.pop()
         found.add(name)
@@ -89,6 +93,11 @@ def folder(tmp_path_factory):
             expected["generated"] = model.generate(
                 tokens(), attention_mask=torch.ones_like(tokens()), do_sample=False, max_new_tokens=8
             )
+    expected["families"] = {}
+    for name, case in FAMILY_CASES.items():
+        model = case.model(eos_token_id=None, recompute="invert")
+        model.save_pretrained(folder / name)
+        expected["families"][name] = model(tokens()).logits.detach()
     torch.save(expected, folder / "expected.pt")
     return folder
 
@@ -107,9 +116,23 @@ def test_folder_carries_its_code(folder, name):
     }
 
 
-def test_carried_files_import_only_what_every_user_has():
+@pytest.mark.parametrize("name", FAMILY_CASES)
+def test_folder_of_a_family_carries_its_code(folder, name):
+    stem = json.loads((folder / name / "config.json").read_text())["model_type"]
+    files = carried_files(stem)
+    assert {path.name for path in (folder / name).glob("*.py")} == files
+    assert {file for file in files if file.startswith("modeling_")} >= {f"modeling_{stem}.py"}
+    auto_map = json.loads((folder / name / "config.json").read_text())["auto_map"]
+    for auto, target in auto_map.items():
+        file, _, cls = target.partition(".")
+        assert f"{file}.py" in files
+        assert f"class {cls}(" in (folder / name / f"{file}.py").read_text(), auto
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_carried_files_import_only_what_every_user_has(stem):
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "huggingface_hub"}
-    for file in carried_files():
+    for file in carried_files(stem):
         for node in ast.walk(ast.parse((SOURCES / file).read_text())):
             if isinstance(node, ast.Import):
                 used = {alias.name.split(".")[0] for alias in node.names}
@@ -121,8 +144,10 @@ def test_carried_files_import_only_what_every_user_has():
 
 
 def test_every_file_of_crnet_is_carried():
-    """Nothing lies beside the modelling file that a checkpoint would leave behind."""
-    assert {path.name for path in SOURCES.glob("*.py")} - {"__init__.py", "registration.py"} == carried_files()
+    """Nothing lies beside the modelling files that every checkpoint would leave behind, and each family has cases."""
+    left_behind = {"__init__.py", "families.py", "registration.py"}
+    assert {path.name for path in SOURCES.glob("*.py")} - left_behind == set().union(*map(carried_files, STEMS))
+    assert {case.cls("Config").model_type for case in FAMILY_CASES.values()} == set(STEMS)
 
 
 def test_works_where_crosslayer_is_not_installed(folder):
@@ -161,6 +186,15 @@ def test_works_where_crosslayer_is_not_installed(folder):
         assert torch.equal(again(ids).logits, expected["trained"])
         assert torch.equal(load(AutoModel, "again").norm.weight, causal.model.norm.weight)
         torch.save(expected["trained"], folder / "trained.pt")
+
+        # every family, and a training step under the policy that it was saved with
+        for name, logits in expected["families"].items():
+            model = load(AutoModelForCausalLM, name)
+            torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=1e-5)
+            assert model.config.recompute == "invert"
+            model.train()(ids, labels=ids, use_cache=False).loss.backward()
+            assert all(p.grad is not None for p in model.parameters()), name
+            assert load(Classifier, name, num_labels=3)(ids).logits.shape == (2, 3)
         """,
         folder,
     )

@@ -147,10 +147,12 @@ class BlockRun:
 
     # Forward
 
-    def forward(self, h: torch.Tensor, Y_below: Outputs, in_place: bool) -> tuple[State, Kept, list[torch.Tensor]]:
+    def forward(
+        self, h: torch.Tensor, Y_below: Outputs, in_place: tuple[str, ...]
+    ) -> tuple[State, Kept, list[torch.Tensor]]:
         """(h_{l-1}, Y_{l-1}) -> (h_l, Y_l), what is kept of the way, and what positions returned beside Y.
 
-        `in_place`: Y_l may be written over Y_{l-1}.
+        `in_place`: positions whose Y_l may be written over Y_{l-1}.
         """
         # First of all, where the h of two layers below was.
         h_next = torch.empty_like(h, memory_format=torch.contiguous_format)
@@ -170,11 +172,11 @@ class BlockRun:
             kept.outputs = outputs
         return State(now, Y), kept, beside
 
-    def _advance(self, name, x, previous, dtype, in_place: bool, kept: Kept) -> tuple[torch.Tensor, list]:
+    def _advance(self, name, x, previous, dtype, in_place, kept: Kept) -> tuple[torch.Tensor, list]:
         """Y of one position, and what its module returned beside it."""
         product, carries, beside = self.products[name], self.block.places[name].carries, list[torch.Tensor]()
         keeps = self.policy.keeps_low_rank or not carries
-        out = previous if in_place and product.b is not None else None
+        out = previous if name in in_place and product.b is not None else None
         if isinstance(product, Product):
             first = product.first(x)
             if keeps and product.A is not None:

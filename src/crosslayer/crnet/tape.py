@@ -88,7 +88,9 @@ class Tape:
         self.can_replay.append(run.can_replay)
         h = self._enter(index, h.detach())
         below = self.live.Y if self.live is not None else {}
-        state, kept, beside = run.forward(h, below, in_place=index - 1 not in self.states)
+        # What the block below only handed on may belong to a state further down, which may be kept.
+        in_place = () if index == 0 or index - 1 in self.states else tuple(self.layers[index - 1].places)
+        state, kept, beside = run.forward(h, below, in_place)
         if index == len(self.layers) - 1:
             self.call.scratch.clear()  # what comes next, the logits, is where memory peaks
         # Autograd's output and ours are two tensors over one storage: one that knew its own graph would keep it alive.
