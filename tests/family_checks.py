@@ -245,7 +245,10 @@ def greedy(model, ids, new=8, **arguments):
 @torch.no_grad()
 def check_caches(case: FamilyCase):
     """Greedy tokens by every cache as without one, from a prompt longer than a sliding window."""
-    model, ids = case.model(eos_token_id=None, tie_word_embeddings=False), tokens(length=9)  # tied: the same token again
+    model, ids = (
+        case.model(eos_token_id=None, tie_word_embeddings=False),
+        tokens(length=9),
+    )  # tied: the same token again
     expected = ids
     for _ in range(8):  # the whole sequence anew for every token
         logits = model(expected, use_cache=False).logits

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cross_layer_linear import build_linear
-from .functions import carry_dtype
+from .functions import Attention, CarriedRMSNorm, GatedMLP, carry_dtype
 
 
 @dataclass(frozen=True)
@@ -120,4 +120,29 @@ class CrossLayerBlock(GradientCheckpointingLayer):
         """What positions returned beside Y, for whoever records it; a mixture's router logits, in families with one."""
 
 
-__all__ = ["CrossLayerBlock", "Stage"]
+class LlamaBlock(CrossLayerBlock):
+    """Llama's block. Families that change only its attention or its norms start from it."""
+
+    attention_class = Attention
+    norm_class = CarriedRMSNorm
+    activation_field = "hidden_act"
+    stages: tuple[Stage, ...] = (
+        Stage(("h",), "input_layernorm", ("q", "k", "v")),
+        Stage(("q", "k", "v"), "self_attn", ("o",), adds=("o",), takes_arguments=True),
+        Stage(("h",), "post_attention_layernorm", ("gate", "up")),
+        Stage(("gate", "up"), "mlp", ("down",), adds=("down",)),
+    )
+
+    def __init__(self, config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.add_functions(config, layer_idx)
+        self.add_linears(config)
+
+    def add_functions(self, config, layer_idx: int) -> None:
+        self.self_attn = self.attention_class(config, layer_idx)
+        self.mlp = GatedMLP(getattr(config, self.activation_field))
+        self.input_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+
+
+__all__ = ["CrossLayerBlock", "LlamaBlock", "Stage"]

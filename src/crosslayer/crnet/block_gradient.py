@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from .block import CrossLayerBlock, Stage
-from .local_functions import Call, Gradients, LocalGraph, draws_random_numbers, run_function
+from .local_functions import draws_random_numbers, run_function
+from .local_graph import Call, Gradients, LocalGraph
 from .policies import Policy
 from .product import OpaqueProduct, Product, product_of
 from .random_state import get_random_state, restored_random_state

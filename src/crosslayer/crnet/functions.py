@@ -150,11 +150,26 @@ class Attention(nn.Module):
         return self.core(*self.prepare(*outputs, **arguments), **arguments)
 
 
+class HeadNormAttention(Attention):
+    """With a norm over each head's queries and keys, ahead of the rotation."""
+
+    norm_class = CarriedRMSNorm
+
+    def __init__(self, config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.q_norm = self.norm_class(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = self.norm_class(self.head_dim, eps=config.rms_norm_eps)
+
+    def normalise(self, query, key):
+        return self.q_norm(query), self.k_norm(key)
+
+
 __all__ = [
     "Attention",
     "CarriedLayerNorm",
     "CarriedOffsetRMSNorm",
     "CarriedRMSNorm",
     "GatedMLP",
+    "HeadNormAttention",
     "carry_dtype",
 ]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .decode_rows import is_watched
+from .cross_layer_linear import is_watched
 
 
 def fused_cross_entropy(

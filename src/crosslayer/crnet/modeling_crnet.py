@@ -1,8 +1,7 @@
 """CR-Net on Llama's block: CRNetModel, CRNetForCausalLM, CRNetForSequenceClassification."""
 
-from .block import CrossLayerBlock, Stage
+from .block import LlamaBlock
 from .configuration_crnet import CRNetConfig
-from .functions import Attention, CarriedRMSNorm, GatedMLP
 from .model import (
     CrossLayerForCausalLM,
     CrossLayerForSequenceClassification,
@@ -11,29 +10,8 @@ from .model import (
 )
 
 
-class CRNetDecoderLayer(CrossLayerBlock):
-    """Llama's block. Families that change only its attention or its norms take it from here."""
-
-    attention_class = Attention
-    norm_class = CarriedRMSNorm
-    activation_field = "hidden_act"
-    stages: tuple[Stage, ...] = (
-        Stage(("h",), "input_layernorm", ("q", "k", "v")),
-        Stage(("q", "k", "v"), "self_attn", ("o",), adds=("o",), takes_arguments=True),
-        Stage(("h",), "post_attention_layernorm", ("gate", "up")),
-        Stage(("gate", "up"), "mlp", ("down",), adds=("down",)),
-    )
-
-    def __init__(self, config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.add_functions(config, layer_idx)
-        self.add_linears(config)
-
-    def add_functions(self, config, layer_idx: int) -> None:
-        self.self_attn = self.attention_class(config, layer_idx)
-        self.mlp = GatedMLP(getattr(config, self.activation_field))
-        self.input_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+class CRNetDecoderLayer(LlamaBlock):
+    pass
 
 
 class CRNetPreTrainedModel(CrossLayerPreTrainedModel):

@@ -15,7 +15,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     yarn_apply_mscale,
 )
 
-from .block import Stage
+from .block import LlamaBlock, Stage
 from .configuration_crnet_deepseek_v3 import CRNetDeepseekV3Config
 from .functions import Attention, CarriedRMSNorm, GatedMLP
 from .mixture import RouterLogits, build_mixture, init_mixture
@@ -25,7 +25,6 @@ from .model import (
     CrossLayerModel,
     CrossLayerPreTrainedModel,
 )
-from .modeling_crnet import CRNetDecoderLayer
 
 
 class CRNetDeepseekV3LatentRMSNorm(CarriedRMSNorm):
@@ -80,7 +79,7 @@ class CRNetDeepseekV3Router(DeepseekV3TopkRouter):
         return weights * self.routed_scaling_factor
 
 
-class CRNetDeepseekV3DecoderLayer(CRNetDecoderLayer):
+class CRNetDeepseekV3DecoderLayer(LlamaBlock):
     attention_class = CRNetDeepseekV3Attention
 
     def add_functions(self, config, layer_idx: int) -> None:

@@ -8,20 +8,18 @@ from torch import nn
 from transformers import initialization as init
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding, Gemma3TextScaledWordEmbedding
 
-from .block import Stage
+from .block import LlamaBlock, Stage
 from .configuration_crnet_gemma3 import CRNetGemma3Config
-from .functions import CarriedOffsetRMSNorm
+from .functions import CarriedOffsetRMSNorm, HeadNormAttention
 from .model import (
     CrossLayerForCausalLM,
     CrossLayerForSequenceClassification,
     CrossLayerModel,
     CrossLayerPreTrainedModel,
 )
-from .modeling_crnet import CRNetDecoderLayer
-from .modeling_crnet_qwen3 import CRNetQwen3Attention
 
 
-class CRNetGemma3Attention(CRNetQwen3Attention):
+class CRNetGemma3Attention(HeadNormAttention):
     norm_class = CarriedOffsetRMSNorm
 
     def __init__(self, config, layer_idx: int) -> None:
@@ -29,7 +27,7 @@ class CRNetGemma3Attention(CRNetQwen3Attention):
         self.scaling = config.query_pre_attn_scalar**-0.5
 
 
-class CRNetGemma3DecoderLayer(CRNetDecoderLayer):
+class CRNetGemma3DecoderLayer(LlamaBlock):
     attention_class = CRNetGemma3Attention
     norm_class = CarriedOffsetRMSNorm
     activation_field = "hidden_activation"

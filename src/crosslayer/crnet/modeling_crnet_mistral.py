@@ -1,5 +1,6 @@
 """CR-Net on Mistral's block, which is Llama's with a window over the last tokens."""
 
+from .block import LlamaBlock
 from .configuration_crnet_mistral import CRNetMistralConfig
 from .model import (
     CrossLayerForCausalLM,
@@ -7,10 +8,9 @@ from .model import (
     CrossLayerModel,
     CrossLayerPreTrainedModel,
 )
-from .modeling_crnet import CRNetDecoderLayer
 
 
-class CRNetMistralDecoderLayer(CRNetDecoderLayer):
+class CRNetMistralDecoderLayer(LlamaBlock):
     pass
 
 

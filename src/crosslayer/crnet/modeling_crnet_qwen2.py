@@ -1,5 +1,6 @@
 """CR-Net on Qwen2's block, which is Llama's with biases on q, k and v."""
 
+from .block import LlamaBlock
 from .configuration_crnet_qwen2 import CRNetQwen2Config
 from .model import (
     CrossLayerForCausalLM,
@@ -7,10 +8,9 @@ from .model import (
     CrossLayerModel,
     CrossLayerPreTrainedModel,
 )
-from .modeling_crnet import CRNetDecoderLayer
 
 
-class CRNetQwen2DecoderLayer(CRNetDecoderLayer):
+class CRNetQwen2DecoderLayer(LlamaBlock):
     pass
 
 

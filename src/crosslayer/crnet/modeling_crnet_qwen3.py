@@ -1,30 +1,18 @@
 """CR-Net on Qwen3's block: Llama's, with a norm over each head's queries and keys, and heads as wide as they like."""
 
+from .block import LlamaBlock
 from .configuration_crnet_qwen3 import CRNetQwen3Config
-from .functions import Attention, CarriedRMSNorm
+from .functions import HeadNormAttention
 from .model import (
     CrossLayerForCausalLM,
     CrossLayerForSequenceClassification,
     CrossLayerModel,
     CrossLayerPreTrainedModel,
 )
-from .modeling_crnet import CRNetDecoderLayer
 
 
-class CRNetQwen3Attention(Attention):
-    norm_class = CarriedRMSNorm
-
-    def __init__(self, config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.q_norm = self.norm_class(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = self.norm_class(self.head_dim, eps=config.rms_norm_eps)
-
-    def normalise(self, query, key):
-        return self.q_norm(query), self.k_norm(key)
-
-
-class CRNetQwen3DecoderLayer(CRNetDecoderLayer):
-    attention_class = CRNetQwen3Attention
+class CRNetQwen3DecoderLayer(LlamaBlock):
+    attention_class = HeadNormAttention
 
 
 class CRNetQwen3PreTrainedModel(CrossLayerPreTrainedModel):

@@ -9,8 +9,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     load_balancing_loss_func,
 )
 
-from .block import Stage
+from .block import LlamaBlock, Stage
 from .configuration_crnet_qwen3_moe import CRNetQwen3MoeConfig
+from .functions import HeadNormAttention
 from .mixture import RouterLogits, build_mixture, init_mixture
 from .model import (
     CrossLayerForCausalLM,
@@ -18,7 +19,6 @@ from .model import (
     CrossLayerModel,
     CrossLayerPreTrainedModel,
 )
-from .modeling_crnet_qwen3 import CRNetQwen3DecoderLayer
 
 
 class CRNetQwen3MoeRouter(Qwen3MoeTopKRouter):
@@ -29,8 +29,10 @@ class CRNetQwen3MoeRouter(Qwen3MoeTopKRouter):
         return weights.to(logits.dtype)
 
 
-class CRNetQwen3MoeDecoderLayer(CRNetQwen3DecoderLayer):
+class CRNetQwen3MoeDecoderLayer(LlamaBlock):
     """Qwen3's block, or one whose MLP is a mixture."""
+
+    attention_class = HeadNormAttention
 
     def add_functions(self, config, layer_idx: int) -> None:
         super().add_functions(config, layer_idx)

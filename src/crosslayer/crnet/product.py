@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cross_layer_linear import CrossLayerLinear, LowRankLinear
-from .decode_rows import is_watched
-from .local_functions import Call, Gradients, LocalGraph, is_plain
+from .cross_layer_linear import CrossLayerLinear, LowRankLinear, is_watched
+from .local_graph import Call, Gradients, LocalGraph, is_plain
 
 
 class Product:

@@ -19,10 +19,9 @@ from torch import nn
 from transformers.utils import logging
 
 from .block_gradient import BlockRun, Kept, State, Step, parameters_of, relative_difference
-from .cross_layer_linear import GIVES_INCREMENT, b_of
-from .decode_rows import is_watched
+from .cross_layer_linear import GIVES_INCREMENT, b_of, is_watched
 from .drift import DriftMeter, ErrorEstimate
-from .local_functions import Call, Gradients
+from .local_graph import Call, Gradients
 from .policies import POLICIES
 
 logger = logging.get_logger(__name__)
