@@ -143,6 +143,3 @@ class LlamaBlock(CrossLayerBlock):
         self.mlp = GatedMLP(getattr(config, self.activation_field))
         self.input_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-
-
-__all__ = ["CrossLayerBlock", "LlamaBlock", "Stage"]

@@ -385,6 +385,3 @@ def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
     for name, child in module._modules.items():
         if child is not None:
             yield from _walk(child, f"{prefix}{name}.")
-
-
-__all__ = ["BlockRun", "Kept", "State", "Step", "parameters_of", "relative_difference"]

@@ -13,6 +13,3 @@ POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
 class CRNetConfig(CrossLayerFields, LlamaConfig):
     __doc__ = CrossLayerFields.__doc__
     model_type = "crnet"
-
-
-__all__ = ["POSITIONS", "CRNetConfig"]

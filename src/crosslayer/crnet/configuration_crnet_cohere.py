@@ -20,6 +20,3 @@ class CRNetCohereConfig(CrossLayerFields, CohereConfig):
             return self.hidden_size
         shape = self.attention_shape(layer_idx)
         return self.hidden_size + (shape.heads + shape.key_value_heads) * shape.key_dim
-
-
-__all__ = ["CRNetCohereConfig"]

@@ -65,6 +65,3 @@ class CRNetDeepseekV3Config(CrossLayerFields, DeepseekV3Config):
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotations turn pairs.")
         super().validate_architecture()
-
-
-__all__ = ["CRNetDeepseekV3Config"]

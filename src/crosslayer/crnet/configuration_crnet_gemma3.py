@@ -19,6 +19,3 @@ class CRNetGemma3Config(CrossLayerFields, Gemma3TextConfig):
         for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} is not supported by CR-Net's Gemma 3; leave it out.")
-
-
-__all__ = ["CRNetGemma3Config"]

@@ -31,6 +31,3 @@ class CRNetGPT2Config(CrossLayerFields, GPT2Config):
         for name in ("add_cross_attention", "reorder_and_upcast_attn"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True is not supported by CR-Net's GPT-2; set it to False.")
-
-
-__all__ = ["CRNetGPT2Config"]

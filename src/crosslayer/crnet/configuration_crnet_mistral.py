@@ -10,6 +10,3 @@ from .configuration_cross_layer import CrossLayerFields
 class CRNetMistralConfig(CrossLayerFields, MistralConfig):
     __doc__ = CrossLayerFields.__doc__
     model_type = "crnet_mistral"
-
-
-__all__ = ["CRNetMistralConfig"]

@@ -13,6 +13,3 @@ class CRNetQwen2Config(CrossLayerFields, Qwen2Config):
 
     def linear_biases(self) -> tuple[bool, bool, bool]:
         return True, False, False
-
-
-__all__ = ["CRNetQwen2Config"]

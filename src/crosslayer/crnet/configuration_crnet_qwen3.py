@@ -14,6 +14,3 @@ class CRNetQwen3Config(CrossLayerFields, Qwen3Config):
     def norm_parameters(self, layer_idx: int | None) -> int:
         of_heads = 0 if layer_idx is None else 2 * self.head_dim
         return super().norm_parameters(layer_idx) + of_heads
-
-
-__all__ = ["CRNetQwen3Config"]

@@ -36,6 +36,3 @@ class CRNetQwen3MoeConfig(CrossLayerFields, Qwen3MoeConfig):
                 "experts."
             )
         super().validate_architecture()
-
-
-__all__ = ["CRNetQwen3MoeConfig"]

@@ -263,6 +263,3 @@ class CrossLayerFields:
 
 def _matches(pattern: str, name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-
-
-__all__ = ["CrossLayerFields"]

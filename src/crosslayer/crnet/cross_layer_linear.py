@@ -114,9 +114,9 @@ def b_of(beta: torch.Tensor, epsilon: float) -> torch.Tensor:
     return beta + torch.where(beta >= 0, epsilon, -epsilon)
 
 
-# One token at a time on a CPU, as batches of dot products: the BLAS product of a narrow matrix and a vector reaches half
-# of the memory's speed only, 165 us for in = 256 and 1024 outputs in float32, 79 this way (two cores, weights not in the
-# cache). Decoding at hidden 1024 runs at 1.75 of Llama's speed with it, at 1.13 without (our measurement).
+# One token at a time on a CPU, as batches of dot products: the BLAS product of a narrow matrix and a vector reaches
+# half of the memory's speed only, 165 us for in = 256 and 1024 outputs in float32, 79 this way (two cores, weights not
+# in the cache). Decoding at hidden 1024 runs at 1.75 of Llama's speed with it, at 1.13 without (our measurement).
 
 
 def is_row(x: torch.Tensor) -> bool:

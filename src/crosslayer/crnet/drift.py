@@ -50,6 +50,3 @@ class DriftMeter:
 
     def value(self) -> float | None:
         return None if self.latest is None else float(self.latest)
-
-
-__all__ = ["DriftMeter", "ErrorEstimate"]

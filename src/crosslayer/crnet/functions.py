@@ -162,14 +162,3 @@ class HeadNormAttention(Attention):
 
     def normalise(self, query, key):
         return self.q_norm(query), self.k_norm(key)
-
-
-__all__ = [
-    "Attention",
-    "CarriedLayerNorm",
-    "CarriedOffsetRMSNorm",
-    "CarriedRMSNorm",
-    "GatedMLP",
-    "HeadNormAttention",
-    "carry_dtype",
-]

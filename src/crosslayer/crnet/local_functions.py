@@ -168,6 +168,3 @@ def draws_random_numbers(module: nn.Module) -> bool:
         for part in module.modules()
         if isinstance(part, nn.modules.dropout._DropoutNd) or hasattr(part, "attention_dropout")
     )
-
-
-__all__ = ["draws_random_numbers", "run_function"]

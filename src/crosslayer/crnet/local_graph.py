@@ -125,6 +125,3 @@ class LocalGraph:
 def is_plain(parameters: dict[str, torch.Tensor]) -> bool:
     """Whether all are plain tensors in memory: no DTensor, nothing quantised or offloaded."""
     return all(type(p) in (nn.Parameter, torch.Tensor) and p.device.type != "meta" for p in parameters.values())
-
-
-__all__ = ["Call", "Gradients", "LocalGraph", "Scratch", "is_plain"]

@@ -53,6 +53,3 @@ def _takes_chunks(lm_head: Any) -> bool:
     if not hasattr(nn, "LinearCrossEntropyOptions") or torch.compiler.is_compiling():
         return False
     return type(lm_head) is nn.Linear and not is_watched(lm_head) and lm_head.weight.device.type != "meta"
-
-
-__all__ = ["fused_cross_entropy"]

@@ -144,6 +144,3 @@ def init_mixture(module: nn.Module, std: float) -> None:
         else:
             init.normal_(experts.down_A, std=balanced)
             init.normal_(experts.down_B, std=balanced)
-
-
-__all__ = ["CrossLayerMixture", "LowRankExperts", "RouterLogits", "build_mixture", "init_mixture"]

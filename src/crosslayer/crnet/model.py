@@ -233,10 +233,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         shared = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
-        by_kind = {
-            "attention_mask": masks,
-            "position_embeddings": self.rotations(inputs_embeds, position_ids),
-        }
+        by_kind = {"attention_mask": masks, "position_embeddings": self.rotations(inputs_embeds, position_ids)}
         layers = list(self.blocks)[: self.config.num_hidden_layers]
         kinds = [self.config.layer_kind(index) for index in range(len(layers))]
         arguments = [
@@ -434,11 +431,3 @@ class CrossLayerForSequenceClassification(GenericForSequenceClassification, Cros
         setattr(self, self.base_model_prefix, self.body_class(config))
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
-
-
-__all__ = [
-    "CrossLayerForCausalLM",
-    "CrossLayerForSequenceClassification",
-    "CrossLayerModel",
-    "CrossLayerPreTrainedModel",
-]

@@ -29,6 +29,3 @@ class CRNetForCausalLM(CrossLayerForCausalLM, CRNetPreTrainedModel):
 
 class CRNetForSequenceClassification(CrossLayerForSequenceClassification, CRNetPreTrainedModel):
     body_class = CRNetModel
-
-
-__all__ = ["CRNetForCausalLM", "CRNetForSequenceClassification", "CRNetModel", "CRNetPreTrainedModel"]

@@ -87,11 +87,3 @@ class CRNetCohereForCausalLM(CrossLayerForCausalLM, CRNetCoherePreTrainedModel):
 
 class CRNetCohereForSequenceClassification(CrossLayerForSequenceClassification, CRNetCoherePreTrainedModel):
     body_class = CRNetCohereModel
-
-
-__all__ = [
-    "CRNetCohereForCausalLM",
-    "CRNetCohereForSequenceClassification",
-    "CRNetCohereModel",
-    "CRNetCoherePreTrainedModel",
-]

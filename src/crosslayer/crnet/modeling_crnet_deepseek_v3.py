@@ -132,11 +132,3 @@ class CRNetDeepseekV3ForCausalLM(CrossLayerForCausalLM, CRNetDeepseekV3PreTraine
 
 class CRNetDeepseekV3ForSequenceClassification(CrossLayerForSequenceClassification, CRNetDeepseekV3PreTrainedModel):
     body_class = CRNetDeepseekV3Model
-
-
-__all__ = [
-    "CRNetDeepseekV3ForCausalLM",
-    "CRNetDeepseekV3ForSequenceClassification",
-    "CRNetDeepseekV3Model",
-    "CRNetDeepseekV3PreTrainedModel",
-]

@@ -89,11 +89,3 @@ class CRNetGemma3ForCausalLM(CrossLayerForCausalLM, CRNetGemma3PreTrainedModel):
 
 class CRNetGemma3ForSequenceClassification(CrossLayerForSequenceClassification, CRNetGemma3PreTrainedModel):
     body_class = CRNetGemma3Model
-
-
-__all__ = [
-    "CRNetGemma3ForCausalLM",
-    "CRNetGemma3ForSequenceClassification",
-    "CRNetGemma3Model",
-    "CRNetGemma3PreTrainedModel",
-]

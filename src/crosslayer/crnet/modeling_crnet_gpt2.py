@@ -100,11 +100,3 @@ class CRNetGPT2LMHeadModel(CrossLayerForCausalLM, CRNetGPT2PreTrainedModel):
 
 class CRNetGPT2ForSequenceClassification(CrossLayerForSequenceClassification, CRNetGPT2PreTrainedModel):
     body_class = CRNetGPT2Model
-
-
-__all__ = [
-    "CRNetGPT2ForSequenceClassification",
-    "CRNetGPT2LMHeadModel",
-    "CRNetGPT2Model",
-    "CRNetGPT2PreTrainedModel",
-]

@@ -29,11 +29,3 @@ class CRNetMistralForCausalLM(CrossLayerForCausalLM, CRNetMistralPreTrainedModel
 
 class CRNetMistralForSequenceClassification(CrossLayerForSequenceClassification, CRNetMistralPreTrainedModel):
     body_class = CRNetMistralModel
-
-
-__all__ = [
-    "CRNetMistralForCausalLM",
-    "CRNetMistralForSequenceClassification",
-    "CRNetMistralModel",
-    "CRNetMistralPreTrainedModel",
-]

@@ -29,11 +29,3 @@ class CRNetQwen2ForCausalLM(CrossLayerForCausalLM, CRNetQwen2PreTrainedModel):
 
 class CRNetQwen2ForSequenceClassification(CrossLayerForSequenceClassification, CRNetQwen2PreTrainedModel):
     body_class = CRNetQwen2Model
-
-
-__all__ = [
-    "CRNetQwen2ForCausalLM",
-    "CRNetQwen2ForSequenceClassification",
-    "CRNetQwen2Model",
-    "CRNetQwen2PreTrainedModel",
-]

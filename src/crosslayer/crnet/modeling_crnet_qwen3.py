@@ -30,11 +30,3 @@ class CRNetQwen3ForCausalLM(CrossLayerForCausalLM, CRNetQwen3PreTrainedModel):
 
 class CRNetQwen3ForSequenceClassification(CrossLayerForSequenceClassification, CRNetQwen3PreTrainedModel):
     body_class = CRNetQwen3Model
-
-
-__all__ = [
-    "CRNetQwen3ForCausalLM",
-    "CRNetQwen3ForSequenceClassification",
-    "CRNetQwen3Model",
-    "CRNetQwen3PreTrainedModel",
-]

@@ -90,11 +90,3 @@ class CRNetQwen3MoeForCausalLM(CrossLayerForCausalLM, CRNetQwen3MoePreTrainedMod
 
 class CRNetQwen3MoeForSequenceClassification(CrossLayerForSequenceClassification, CRNetQwen3MoePreTrainedModel):
     body_class = CRNetQwen3MoeModel
-
-
-__all__ = [
-    "CRNetQwen3MoeForCausalLM",
-    "CRNetQwen3MoeForSequenceClassification",
-    "CRNetQwen3MoeModel",
-    "CRNetQwen3MoePreTrainedModel",
-]

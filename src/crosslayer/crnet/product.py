@@ -202,6 +202,3 @@ def _is_known(linear: nn.Module) -> bool:
         factors = linear.A, linear.B
         return all(type(f) is nn.Linear and not is_watched(f) for f in factors) and linear.A.bias is None  # type: ignore[union-attr]
     return type(linear) is nn.Linear
-
-
-__all__ = ["OpaqueProduct", "Product", "product_of"]

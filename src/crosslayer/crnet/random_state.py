@@ -31,6 +31,3 @@ def restored_random_state(states: list[torch.Tensor] | None, tensor: torch.Tenso
         yield
     finally:
         set_random_state(now, tensor)
-
-
-__all__ = ["get_random_state", "restored_random_state"]

@@ -344,6 +344,3 @@ def _same_values(h: torch.Tensor, ours: torch.Tensor) -> bool:
     if h.dtype == ours.dtype:
         return h.data_ptr() == ours.data_ptr() or torch.equal(h, ours)
     return torch.equal(h, ours.to(h.dtype))
-
-
-__all__ = ["Tape"]
