@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, Trainer, TrainingArguments
 
 from crosslayer.data.tasks import load_task
 from crosslayer.train import build_finetune_recipe
 from crosslayer.train.finetune import build_arguments, load_base, make_trainer
 from crosslayer.train.losses import NextTokenLoss, RowLoss, without_repeats
 from crosslayer.train.methods import attach
+from model_cases import model_of, tokens
 from tiny_finetune import rows_of, tiny_content, write_decoder, write_encoder, write_instructions, write_rows
 
 ROWS = 22  # steps of 8, 8 and 6 rows
@@ -296,3 +297,17 @@ def test_neftune_adds_its_noise(root, monkeypatch):
         expected = trainer.model(inputs_embeds=noisy, position_ids=positions, labels=labels).loss.item()
     assert abs(expected - plain) > 1e-3
     assert steps_of(trainer)[0][0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_plain_trainer_shifts_the_labels_of_a_cr_net(smoothing, tmp_path):
+    """transformers' own Trainer, which asks a table of names; without the shift a model learns to copy its input."""
+    model = model_of("cross_layer")
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=smoothing, use_cpu=True, report_to="none")
+    trainer = Trainer(model=model, args=arguments)
+    ids = tokens()
+    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    expected = torch.nn.functional.cross_entropy(
+        model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=smoothing
+    )
+    torch.testing.assert_close(loss, expected)
