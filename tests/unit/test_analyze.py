@@ -6,13 +6,14 @@ import types
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
 from crosslayer.analysis.health import HealthLog, b_values, gradient_norms, increment_ratios, read_health
 from crosslayer.analysis.loading import load_body
+from crosslayer.analysis.plots import draw_health
 from crosslayer.analysis.text import text_batches
 from crosslayer.cli import main
-from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
+from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, crnet_config
 from crosslayer.data import train_tokenizer
 from crosslayer.errors import CheckpointError, ConfigError, DataError
 from crosslayer.train.run import pretrain
@@ -220,6 +221,46 @@ def test_increment_ratios_and_gradients_directly():
     model(ids, labels=ids).loss.backward()
     expected = torch.cat([linear.A.weight.grad.flatten(), linear.B.weight.grad.flatten()]).norm()
     assert gradient_norms(model)["up"] == pytest.approx([float(expected)], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "positions"),
+    [
+        ("gpt2", {"resid_pdrop": 0.0}, ["q", "k", "v", "o", "up", "down"]),
+        (
+            "qwen3_moe",
+            {
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "mlp_only_layers": [0],
+                "rank": 4,
+            },
+            ["q", "k", "v", "o", "experts"],
+        ),
+    ],
+)
+def test_health_of_other_families(family, fields, positions, tmp_path):
+    """Names and places are the configuration's; None where a position does not build on the layer below."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 40}
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    llama = {} if family == "gpt2" else {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(crnet_config({"model_type": family, **shape, **ids, **llama, **fields}))
+    tokens = torch.randint(0, 40, (4, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    inputs = {"input_ids": tokens}
+    tables = {"b": b_values(model), "increment_ratio": increment_ratios(model, inputs)}
+    tables["gradient_norm"] = gradient_norms(model)
+    for table in tables.values():
+        assert list(table) == positions
+        assert all(len(row) == 2 for row in table.values())
+    assert tables["b"]["q"] == [pytest.approx(1.0), pytest.approx(1.0)]
+    assert all((row[0] is None) == (name == "experts") for name, row in tables["gradient_norm"].items())
+    assert tables["gradient_norm"][positions[-1]][1] > 0  # B = 0 lets nothing through to the others yet
+    line = {"step": 1, "tokens": 100, **tables}
+    log = [{"num_input_tokens_seen": 100, "loss": 3.0, "grad_norm": 1.0}]
+    draw_health([line, {**line, "tokens": 200}], log, tmp_path / "health.png", family)
+    assert (tmp_path / "health.png").stat().st_size > 1000
 
 
 # Text

@@ -41,6 +41,12 @@ def test_dense_models_checkpoint_whole_layers(tmp_path, monkeypatch):
     assert reason.startswith("layers")
 
 
+def test_cola_has_policies_too(tmp_path, monkeypatch):
+    found = {chosen(tmp_path, monkeypatch, free, factorization="cola")[0].recompute for free in (10e9, 120e6, 90e6)}
+    assert "none" in found
+    assert found & {"invert", "replay"}
+
+
 def test_nothing_fits(tmp_path, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"nothing fits in the 9.2 MB .* the smallest, \w+, needs .* MB; lower per_device"

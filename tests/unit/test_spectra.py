@@ -11,7 +11,7 @@ from crosslayer.analysis import find_positions, measure_spectra, suggest_ranks
 from crosslayer.analysis.ranks import continue_power_law
 from crosslayer.analysis.spectra import SymmetricGram, gram_size, plan_passes
 from crosslayer.analysis.summary import compare, finding, summarise
-from crosslayer.crnet import CRNetConfig
+from crosslayer.crnet import CRNetConfig, crnet_config
 from crosslayer.errors import ConfigError
 
 SHAPE = {
@@ -389,3 +389,20 @@ def test_a_suggested_rank_saves_something():
     CRNetConfig(rank_pattern=suggested.rank_pattern, **shape)
     with pytest.raises(ConfigError, match=r"rank_multiple=4 saves nothing in layers.1.k, 24 x 4: give at most 3"):
         suggest_ranks(spectra, multiple=4)
+
+
+def test_positions_have_the_names_of_the_configuration():
+    """DeepSeek's latent attention: names that no table of usual ones has, as `rank_pattern` wants them."""
+    latent = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 6}
+    config = crnet_config(
+        {
+            "model_type": "deepseek_v3",
+            **SHAPE,
+            **latent,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 3,
+            "rank": 4,
+        }
+    )
+    names = [position.name for position in find_positions(AutoModel.from_config(config))]
+    assert names == ["q_a", "q_b", "kv_a", "kv_b", "o", "gate", "up", "down"]

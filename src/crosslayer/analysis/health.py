@@ -8,52 +8,67 @@ the run's folder.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..crnet import CrossLayerLinear
-from ..crnet.configuration_crnet import POSITIONS
 from ..errors import CheckpointError
 
 HEALTH_FILE = "health.jsonl"
-Table = dict[str, list[float]]
-"""{position: [value in layer 1, 2, ...]}: the second layer (index 1) is the first that builds on another."""
+Table = dict[str, list[float | None]]
+"""{position: [value in layer 1, 2, ...]}: the second layer (index 1) is the first that builds on another.
+
+None where the position does not build on the layer below, such as a mixture of experts above dense layers.
+"""
 
 
-def cross_layer_linears(model: nn.Module) -> dict[str, list[CrossLayerLinear]]:
-    """{position: its cross-layer linears from the second layer on}; empty for a model that is no CR-Net."""
-    found: dict[str, list[CrossLayerLinear]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, CrossLayerLinear):
-            position = name.rpartition(".")[2].removesuffix("_proj")
-            found.setdefault(position, []).append(module)
-    return {position: found[position] for position in POSITIONS if position in found}
+def cross_layer_linears(model: nn.Module) -> dict[str, list[nn.Module | None]]:
+    """{position: its cross-layer linear, or mixture, in the second layer and those after it}.
+
+    Positions and where they lie are the configuration's. Empty for a model that is no CR-Net.
+    """
+    config: Any = getattr(model, "config", None)
+    carried: tuple[str, ...] = getattr(config, "carried_positions", ())
+    found: dict[str, list[nn.Module | None]] = {name: [None] * (config.num_hidden_layers - 1) for name in carried}
+    paths = {
+        f"{layer_idx}.{place.module}": (layer_idx, name)
+        for layer_idx in range(1, config.num_hidden_layers if carried else 1)
+        for name, place in config.places(layer_idx).items()
+        if place.carries
+    }
+    for path, module in model.named_modules():  # PEFT's wrapping does not rename
+        block = re.search(r"(?:^|\.)(?:layers|h)\.(\d+\..+?)(?:\.base_layer)?$", path)
+        if block is not None and block[1] in paths and isinstance(getattr(module, "beta", None), nn.Parameter):
+            layer_idx, name = paths[block[1]]
+            found[name][layer_idx - 1] = module
+    return {name: modules for name, modules in found.items() if any(module is not None for module in modules)}
 
 
 def b_values(model: nn.Module) -> Table:
     """b = s(beta) (|beta| + eps) of every cross-layer linear."""
 
-    def b(module: CrossLayerLinear) -> torch.Tensor:
+    def b(module: Any) -> torch.Tensor:
         beta = _whole(module.beta)
         return beta + torch.where(beta >= 0, module.beta_epsilon, -module.beta_epsilon)
 
-    return _table({p: [b(module) for module in modules] for p, modules in cross_layer_linears(model).items()})
+    return _table(cross_layer_linears(model), b)
 
 
 def gradient_norms(model: nn.Module) -> Table:
     """Frobenius norm of the gradient of A and B together, as it lies in `.grad`; 0 where there is none."""
 
-    def norm(module: CrossLayerLinear) -> torch.Tensor:
-        gradients = [p.grad for p in (*module.A.parameters(), *module.B.parameters()) if p.grad is not None]
+    def norm(module: Any) -> torch.Tensor:
+        parts = (module.A, module.B) if hasattr(module, "A") else (module.experts,)
+        gradients = [p.grad for part in parts for p in part.parameters() if p.grad is not None]
         if not gradients:
             return torch.zeros((), device=module.beta.device)
         return torch.stack([_whole(torch.linalg.vector_norm(g.float())) for g in gradients]).norm()
 
-    return _table({p: [norm(module) for module in modules] for p, modules in cross_layer_linears(model).items()})
+    return _table(cross_layer_linears(model), norm)
 
 
 @torch.no_grad()
@@ -62,15 +77,16 @@ def increment_ratios(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Table
 
     The model's mode is put back; nothing random is drawn in evaluation mode.
     """
-    ratios: dict[CrossLayerLinear, torch.Tensor] = {}
+    ratios: dict[nn.Module, torch.Tensor] = {}
 
     def measure(module, arguments, output):
+        output = output[0] if isinstance(output, tuple) else output
         carried = module.b() * arguments[1]
         increment = torch.linalg.vector_norm((output - carried).float())
         ratios[module] = increment / torch.linalg.vector_norm(carried.float()).clamp_min(1e-30)
 
     linears = cross_layer_linears(model)
-    hooks = [module.register_forward_hook(measure) for modules in linears.values() for module in modules]
+    hooks = [m.register_forward_hook(measure) for modules in linears.values() for m in modules if m is not None]
     was_training = model.training
     try:
         model.eval()
@@ -79,7 +95,7 @@ def increment_ratios(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Table
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return _table({p: [_whole(ratios[module]) for module in modules] for p, modules in linears.items()})
+    return _table(linears, lambda module: _whole(ratios[module]))
 
 
 class HealthLog:
@@ -133,12 +149,14 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return full.detach().reshape(()).float()
 
 
-def _table(values: dict[str, list[torch.Tensor]]) -> Table:
+def _table(linears: dict[str, list[nn.Module | None]], value: Callable[[nn.Module], torch.Tensor]) -> Table:
     """One transfer from the device for the whole table. Five significant digits are kept."""
-    if not values:
-        return {}
-    numbers = iter(torch.stack([value for row in values.values() for value in row]).tolist())
-    return {position: [float(f"{next(numbers):.5g}") for _ in row] for position, row in values.items()}
+    values = [value(module) for row in linears.values() for module in row if module is not None]
+    numbers = iter(torch.stack(values).tolist() if values else [])
+    return {
+        position: [None if module is None else float(f"{next(numbers):.5g}") for module in row]
+        for position, row in linears.items()
+    }
 
 
 __all__ = [

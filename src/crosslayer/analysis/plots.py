@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ..crnet.configuration_crnet import POSITIONS
 from .ranks import SuggestedRanks
 from .spectra import LinearSpectra, Spectra
 
@@ -107,12 +106,13 @@ def draw_health(health: Sequence[dict[str, Any]], log: Sequence[dict[str, Any]],
     from matplotlib.colors import LogNorm, TwoSlopeNorm
 
     tokens = np.array([line["tokens"] for line in health]) / 1e6
-    names = [position for position in POSITIONS if position in health[0]["b"]]
+    names = list(health[0]["b"])
     tables = {
-        what: {p: np.array([line[what][p] for line in health]).T for p in names}  # [layers, logs]
+        # [layers, logs], not a number where a position does not build on the layer below
+        what: {p: np.array([line[what][p] for line in health], dtype=float).T for p in names}
         for what in ("b", "increment_ratio", "gradient_norm")
     }
-    spread = max(0.05, max(np.abs(table - 1).max() for table in tables["b"].values()))
+    spread = max(0.05, max(np.nanmax(np.abs(table - 1)) for table in tables["b"].values()))
     norms = {
         "b": TwoSlopeNorm(1.0, 1.0 - spread, 1.0 + spread),
         "increment_ratio": LogNorm(*_log_range(tables["increment_ratio"])),
@@ -161,7 +161,7 @@ def _draw_run(axes, health, log, b: dict[str, np.ndarray]) -> None:
     gradient.set_yscale("log")
     tokens = [line["tokens"] / 1e6 for line in health]
     # What one rounding error of the last layer's Y has grown to when inversion has reached the first: prod 1/|b|.
-    growth = [max(float(np.prod(1 / np.abs(table[:, i]))) for table in b.values()) for i in range(len(tokens))]
+    growth = [max(float(np.nanprod(1 / np.abs(table[:, i]))) for table in b.values()) for i in range(len(tokens))]
     drift.plot(tokens, np.array(growth) * 6e-8, color="0.5", linewidth=1.2, label="estimate: 6e-8 · largest Π 1/|b|")
     if any("recompute_drift" in line for line in log):
         drift.plot(*series("recompute_drift"), color="#1b5e9e", linewidth=1.2, label="measured (recompute_drift)")

@@ -2,11 +2,13 @@
 
 The rule: in the longest list of blocks, the outermost linears with the same relative name and the same output width in
 consecutive blocks are one position. That finds LLaMA's q_proj ... down_proj, BERT's query ... output.dense, GPT-2's
-Conv1D c_attn, CR-Net's own and most others; the table below only gives the usual ones their short names.
+Conv1D c_attn, CR-Net's own and most others. A CR-Net's configuration says what its positions are called; the table below
+gives the usual ones of other models their short names.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -79,9 +81,10 @@ def find_positions(model: nn.Module) -> list[Position]:
     for index, block in enumerate(blocks):
         for name, linear in outermost_linears(block):
             by_name.setdefault(name, [None] * len(blocks))[index] = linear
-    positions, taken = [], set(SHORT_NAMES)
+    own = _own_names(model)
+    positions, taken = [], {*SHORT_NAMES, *own.values()}
     for name, linears in by_name.items():
-        short = _short_name(name)
+        short = own.get(name) or _short_name(name)
         position = Position(short if short in taken else name, name, tuple(linears))
         if any(position.is_paired(layer) for layer in range(len(blocks))):
             taken.discard(short)
@@ -134,6 +137,15 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Bilinear) or not all(isinstance(width, int) for width in shape):
         return None
     return shape  # type: ignore[return-value]
+
+
+def _own_names(model: nn.Module) -> dict[str, str]:
+    """{where it lies in a block: name} of a CR-Net's positions, empty for other models."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "carried_positions"):
+        return {}
+    layers = range(config.num_hidden_layers)
+    return {place.module: name for layer_idx in layers for name, place in config.positions(layer_idx).items()}
 
 
 def _short_name(name: str) -> str | None:

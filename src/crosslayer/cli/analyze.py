@@ -177,7 +177,7 @@ def show_health(run: str, folder: Path, as_json: bool) -> None:
         print_json({"run": short_name(run), "logs": len(health), "last": last})
         return
     for key, label in (("b", "b"), ("increment_ratio", "|XAB| / |b Y|"), ("gradient_norm", "gradient norm")):
-        values = [value for row in last[key].values() for value in row]
+        values = [value for row in last[key].values() for value in row if value is not None]
         print(f"{label:14s} {min(values):.3g} to {max(values):.3g} at step {last['step']:,}")
     drifts = [line["recompute_drift"] for line in log if "recompute_drift" in line]
     print(f"drift          {max(drifts):.2g} at most" if drifts else "drift          not measured: no policy inverted")

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import statistics
 import tempfile
 import time
@@ -271,9 +272,16 @@ def recipe_of(method: str, base: Recipe) -> dict[str, Any]:
         content["training"] |= {
             "optim": contender.optim,
             "optim_args": f"rank={rank}, update_proj_gap=200, scale={0.25 if method == 'galore' else 1.0}",
-            "optim_target_modules": r".*\.(self_attn|mlp)\.\w+_proj",
+            "optim_target_modules": rf".*\.({'|'.join(map(re.escape, _modules(base)))})",
         }
     return content
+
+
+def _modules(base: Recipe) -> list[str]:
+    """Where the positions of the base's blocks lie, "self_attn.q_proj" and so on."""
+    config = build_model_config(base)
+    places = (place for layer in range(config.num_hidden_layers) for place in config.positions(layer).values())
+    return list(dict.fromkeys(place.module for place in places))
 
 
 def equal_rank(base: Recipe, factorization: str) -> int:

@@ -176,13 +176,13 @@ _METHOD = {
     ),
     "low_rank": "Every linear of a layer is a product of two low-rank matrices.",
     "cola": "Every linear of a layer is B silu(A x) of low rank (CoLA, arXiv 2502.10940).",
-    "dense": "Every linear is dense, as in transformers' Llama.",
+    "dense": "Every linear is dense, as in transformers' own model.",
 }
 
 
 def _ranks(config: CRNetConfig) -> str:
     def of_layer(layer_idx: int) -> str:
-        ranks = {config.linear_rank(layer_idx, position) for position in ("q", "k", "v", "o", "gate", "up", "down")}
+        ranks = {config.linear_rank(layer_idx, position) for position in config.positions(layer_idx)}
         names = sorted("full" if rank is None else str(rank) for rank in ranks)
         return "/".join(names)
 

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..accounting import peak_flops, training_flops_per_token
 from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient_norms, increment_ratios
-from ..crnet import CRNetConfig, CrossLayerLinear
+from ..crnet import CRNetConfig
 from ..errors import ConfigError, CrossLayerError, TrainingError
 from ..evaluate import measure_perplexity
 from .checkpoints import last_complete_checkpoint, remove_old, write_manifest
@@ -315,7 +315,7 @@ class PretrainTrainer(SafeTrainer):
 
 def beta_range(model: torch.nn.Module) -> dict[str, float]:
     """Smallest and largest beta of a CR-Net model; nothing for other models."""
-    betas = [module.beta.detach().reshape(()) for module in model.modules() if isinstance(module, CrossLayerLinear)]
+    betas = [p.detach().reshape(()) for name, p in model.named_parameters() if name.rpartition(".")[2] == "beta"]
     if not betas:
         return {}
     values = torch.stack(betas)
@@ -369,7 +369,7 @@ class _Health(TrainerCallback):
         self.unwrap = unwrap
         self.autocast = autocast
         self.inputs: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, list[float]] = {}
+        self.gradients: dict[str, list[float | None]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
