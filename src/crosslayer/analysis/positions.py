@@ -2,8 +2,8 @@
 
 The rule: in the longest list of blocks, the outermost linears with the same relative name and the same output width in
 consecutive blocks are one position. That finds LLaMA's q_proj ... down_proj, BERT's query ... output.dense, GPT-2's
-Conv1D c_attn, CR-Net's own and most others. A CR-Net's configuration says what its positions are called; the table below
-gives the usual ones of other models their short names.
+Conv1D c_attn, CR-Net's own and most others. A CR-Net's configuration says what its positions are called; in
+other models the table below gives the usual ones their short names.
 """
 
 from collections.abc import Iterator
