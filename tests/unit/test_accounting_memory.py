@@ -195,7 +195,7 @@ def test_peak_in_other_shapes(fields, other, fused):
 
 @pytest.mark.parametrize(
     ("fields", "checkpointing"),
-    [({"factorization": "dense"}, False), ({"factorization": "dense"}, True), ({"factorization": "cola"}, False)],
+    [({"factorization": "dense"}, False), ({"factorization": "dense"}, True), ({"factorization": "cola"}, True)],
 )
 def test_parts_are_those_of_mem_tracker(fields, checkpointing):
     model, method = built(checkpointing, **fields)

@@ -150,7 +150,7 @@ def test_first_layer_rank():
             "num_attention_heads=4 is not a multiple of num_key_value_heads=3; choose key-value heads that "
             "divide the heads.",
         ),
-        ({"num_key_value_heads": 0}, "layers.1.k (48 x 0)"),
+        ({"num_key_value_heads": 0}, "num_attention_heads=3 is not a multiple of num_key_value_heads=0"),
         ({"num_key_value_heads": -3}, "num_attention_heads=3 is not a multiple of num_key_value_heads=-3"),
         (
             {"factorization": "svd"},
