@@ -1,6 +1,7 @@
 """Choices that the paper leaves open in today's families, at about 1M parameters: what carries, and what it is worth.
 
     python benchmarks/families.py --train train.jsonl.gz --validation valid.jsonl.gz
+    OMP_NUM_THREADS=2 python benchmarks/families.py --cost 15
 
 Within a study every contender has the same shape, tokenizer, data order and number of tokens; variants of CR-Net differ
 in what carries, and so only in the number of betas. Rates are tuned by short runs for the dense model and for CR-Net's
@@ -263,10 +264,68 @@ class Runs:
         return found
 
 
+COST_WIDTHS = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 2048}
+COST_BASES = {
+    "gpt2": {"model_type": "gpt2", "n_inner": 2048, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {"model_type": "llama", "intermediate_size": 1376},
+}
+COST_CONTENDERS = {
+    "dense": DENSE,
+    "CR-Net, none": {},
+    "CR-Net, invert": {"recompute": "invert"},
+}
+
+
+def measure_cost(base: dict[str, Any], turns: int) -> dict[str, Any]:
+    """Seconds of a training step (AdamW, 4 x 256 tokens, float32), contenders in turn; activations kept; parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from crosslayer import crnet_config
+    from crosslayer.analysis import measure_saved_activations
+
+    ids = torch.randint(3, COST_WIDTHS["vocab_size"], (BATCH_SIZE, BLOCK_SIZE))
+    steps, found = {}, {}
+    for name, fields in COST_CONTENDERS.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(crnet_config(base, **COST_WIDTHS, **fields)).train()
+        model.fused_loss = True
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step(model=model, optimizer=optimizer) -> float:
+            started = time.perf_counter()
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return time.perf_counter() - started
+
+        saved = measure_saved_activations(model, ids)
+        outside = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        found[name] = {
+            "parameters_without_embeddings": sum(p.numel() for p in model.parameters() if id(p) not in outside),
+            "kept_bytes_per_token_and_layer": round(sum(saved.layer_bytes[2:-1]) / saved.tokens / 5),
+        }
+        step()
+        steps[name] = step
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns):
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(steps[name]())
+    for name, times in seconds.items():
+        ratios = [mine / dense for mine, dense in zip(times, seconds["dense"], strict=True)]
+        found[name] |= {
+            "seconds": round(statistics.median(times), 3),
+            "of_dense": round(statistics.median(ratios), 3),
+            "quartiles_of_dense": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
+        }
+    return {"threads": torch.get_num_threads(), "turns": turns, "contenders": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, required=True, help="training text: JSON lines with `text`")
-    parser.add_argument("--validation", type=Path, required=True, help="validation text")
+    parser.add_argument("--train", type=Path, help="training text: JSON lines with `text`")
+    parser.add_argument("--validation", type=Path, help="validation text")
+    parser.add_argument("--cost", type=int, metavar="TURNS", help="measure time and memory instead, in so many turns")
     parser.add_argument("--work", type=Path, default=Path("runs/families"), help="folder for the tokenised text")
     parser.add_argument("--output", type=Path, default=RESULTS, help="result file")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY")
@@ -275,6 +334,14 @@ def main() -> None:
     file = ResultFile(
         options.output, "Perplexity of variants of CR-Net in several families, see benchmarks/families.py"
     )
+    if options.cost:
+        for name, base in COST_BASES.items():
+            print(
+                json.dumps(file.section(f"cost: {name}", lambda base=base: measure_cost(base, options.cost)), indent=1)
+            )
+        return
+    if options.train is None or options.validation is None:
+        parser.error("--train and --validation are needed: the text to train on and to hold out")
     for name in options.studies:
         summary = Runs(name, file, options).all()
         file.content.setdefault("summary", {})[name] = summary

@@ -373,9 +373,7 @@ def _of_family(model_type: str, values: dict[str, Any]) -> Any:
     bases = {stem: name for name, (stem, _) in FAMILIES.items()}
     base_type = bases.get(model_type, model_type)
     if base_type in FAMILIES:  # a config.json holds more than the shape
-        cls = config_class(base_type)
-        known, given_as = field_names(cls) - {"model_type"}, {own: name for name, own in cls.attribute_map.items()}
-        values = {given_as.get(name, name): value for name, value in values.items()}
+        known = field_names(config_class(base_type)).keys() - {"model_type"}
         values = {name: value for name, value in values.items() if name in known}
     return crnet_config({**values, "model_type": base_type})
 

@@ -21,6 +21,10 @@ class CRNetGPT2Config(CrossLayerFields, GPT2Config):
             "down": Position("mlp.c_proj", f, h, bias=True),
         }
 
+    @property
+    def position_embedding_parameters(self) -> int:
+        return self.n_positions * self.n_embd
+
     def norm_parameters(self, layer_idx: int | None) -> int:
         return 2 * super().norm_parameters(layer_idx)  # with biases
 

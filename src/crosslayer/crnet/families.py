@@ -45,9 +45,13 @@ def model_classes(base_type: str) -> dict[str, type[Any]]:
     return {auto: getattr(module, prefix + suffix) for auto, suffix in suffixes.items()}
 
 
-def field_names(cls: type[Any]) -> set[str]:
-    """Every name by which a field of a configuration class can be given."""
-    return {name for kind in cls.__mro__ for name in getattr(kind, "__annotations__", {})} | set(cls.attribute_map)
+def field_names(cls: type[Any]) -> dict[str, str]:
+    """Every name by which a field of a configuration class can be given -> the field's own."""
+    own = {name for kind in cls.__mro__ for name in getattr(kind, "__annotations__", {})}
+    names = {name: name for name in own}
+    for one, other in cls.attribute_map.items():
+        names |= {one: other} if other in own else {other: one}
+    return names
 
 
 def crnet_config(base: Any, **fields: Any) -> Any:
@@ -79,10 +83,10 @@ def crnet_config(base: Any, **fields: Any) -> Any:
         near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}{hint}")
-    fields = {cls.attribute_map.get(name, name): value for name, value in fields.items()}
-    if cls.attribute_map.get("num_hidden_layers", "num_hidden_layers") in fields:
+    fields = {known[name]: value for name, value in fields.items()}
+    if known["num_hidden_layers"] in fields:
         shape.pop("layer_types", None)  # the pattern of the kinds of layers goes on, or ends earlier
-    kept = {cls.attribute_map.get(name, name): value for name, value in shape.items() if name in known}
+    kept = {known[name]: value for name, value in shape.items() if name in known}
     return cls(**(kept | fields))
 
 
