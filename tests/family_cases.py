@@ -123,11 +123,13 @@ class FamilyCase:
 
 @torch.no_grad()
 def randomize(model):
-    """As `model_cases.randomize`, which knows neither GPT-2's names nor the buffer of DeepSeek's routers."""
+    """As `model_cases.randomize`, which knows no bias of a norm, none of GPT-2's names, no buffer of a router."""
     model_cases.randomize(model)
     for name, parameter in model.named_parameters():
         if ".ln_" in name and name.endswith("weight"):
             parameter.add_(1)
+        elif "norm" in name and name.endswith("bias"):
+            parameter.sub_(1)
         elif name.endswith(("wte.weight", "wpe.weight")):
             parameter.mul_(0.5 * parameter.shape[-1] ** 0.5)
     for name, buffer in model.named_buffers():

@@ -251,8 +251,8 @@ def greedy(model, ids, new=8, **arguments):
 @torch.no_grad()
 def check_caches(case: FamilyCase):
     """Greedy tokens by every cache as without one, from a prompt longer than a sliding window."""
-    model = case.model(eos_token_id=None, tie_word_embeddings=False)  # tied: the same token again and again
-    ids = tokens(length=9)
+    model = case.model(eos_token_id=None, tie_word_embeddings=False)  # tied, tiny models say the same token again
+    ids = tokens(4, length=9)
     expected = ids
     for _ in range(8):  # the whole sequence anew for every token
         logits = model(expected, use_cache=False).logits
