@@ -73,6 +73,7 @@ class FamilyCase:
         family: prefix of the classes, "CRNetQwen3".
         their_config, their_model: transformers' classes.
         fields: of both configurations, beside `SIZES`.
+        own: of ours alone.
         to_ours: their state dict by our names.
         has_experts: whether some block is a mixture.
     """
@@ -83,6 +84,7 @@ class FamilyCase:
     fields: dict[str, Any] = field(default_factory=dict)
     to_ours: Callable[[dict], dict] = same_names
     has_experts: bool = False
+    own: dict[str, Any] = field(default_factory=dict)
     module: Any = crnet
     causal_suffix: str = "ForCausalLM"
 
@@ -101,7 +103,7 @@ class FamilyCase:
         return fields
 
     def config(self, **fields: Any) -> Any:
-        return self.cls("Config")(**self.all_fields(**{"rank": 5, **fields}))
+        return self.cls("Config")(**self.all_fields(**{"rank": 5, **self.own, **fields}))
 
     def model(self, dtype=torch.float32, attention="sdpa", suffix=None, **fields) -> Any:
         """A model of ours in evaluation mode, no parameter of which is neutral, every b at least 0.5 from zero."""
@@ -121,11 +123,13 @@ class FamilyCase:
 
 @torch.no_grad()
 def randomize(model):
-    """As `model_cases.randomize`, which knows neither GPT-2's names nor the buffer of DeepSeek's routers."""
+    """As `model_cases.randomize`, which knows no bias of a norm, none of GPT-2's names, no buffer of a router."""
     model_cases.randomize(model)
     for name, parameter in model.named_parameters():
         if ".ln_" in name and name.endswith("weight"):
             parameter.add_(1)
+        elif "norm" in name and name.endswith("bias"):
+            parameter.sub_(1)
         elif name.endswith(("wte.weight", "wpe.weight")):
             parameter.mul_(0.5 * parameter.shape[-1] ** 0.5)
     for name, buffer in model.named_buffers():
@@ -183,6 +187,7 @@ FAMILY_CASES = {
     "qwen3_moe_interleaved": _QWEN3_MOE.but(decoder_sparse_step=2),
     "deepseek_v3": _DEEPSEEK_V3,
     "deepseek_v3_one_query": _DEEPSEEK_V3.but(q_lora_rank=None, rope_interleave=False),
+    "deepseek_v3_kv_b_carries": replace(_DEEPSEEK_V3, own={"carries": {"kv_b": True}}),  # the whole cache
     "cohere": _COHERE,
     "cohere_qk_norm": _COHERE.but(use_qk_norm=True),
 }

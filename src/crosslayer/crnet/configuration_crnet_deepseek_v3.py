@@ -41,27 +41,21 @@ class CRNetDeepseekV3Config(CrossLayerFields, DeepseekV3Config):
         if not self.is_sparse(layer_idx):
             return attention | gated_mlp_positions("mlp", h, self.intermediate_size)
         experts, width = self.n_routed_experts, self.moe_intermediate_size
-        shared = gated_mlp_positions("mlp.shared_experts", h, width * self.n_shared_experts)
         mixture = Mixture(experts, self.num_experts_per_tok, width, experts * h)
-        return (
-            attention
-            | {f"shared_{name}": position for name, position in shared.items()}
-            | {"experts": Position("mlp", h, h, mixture=mixture)}
-        )
+        shared = gated_mlp_positions("mlp.shared_experts", h, width * self.n_shared_experts, prefix="shared_")
+        return attention | shared | {"experts": Position("mlp", h, h, mixture=mixture)}
 
     def norm_parameters(self, layer_idx: int | None) -> int:
         latents = 0 if layer_idx is None else self.kv_lora_rank + (self.q_lora_rank or 0)
         return super().norm_parameters(layer_idx) + latents
 
     def validate_architecture(self) -> None:
-        experts, active, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
-        if not 1 <= active <= experts:
-            raise ValueError(f"num_experts_per_tok={active} is outside 1..{experts}, the number of experts.")
-        if experts % groups or not 1 <= self.topk_group <= groups or active > experts // groups * self.topk_group:
+        super().validate_architecture()
+        experts, active, groups, chosen = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
+        if experts % groups or not 1 <= chosen <= groups or active > experts // groups * chosen:
             raise ValueError(
-                f"n_group={groups} and topk_group={self.topk_group} do not fit {experts} experts, {active} a token: "
+                f"n_group={groups} and topk_group={chosen} do not fit {experts} experts, {active} a token: "
                 "groups divide the experts, and those chosen hold enough of them."
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotations turn pairs.")
-        super().validate_architecture()

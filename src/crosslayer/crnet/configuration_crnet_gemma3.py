@@ -10,12 +10,7 @@ from .configuration_cross_layer import CrossLayerFields
 class CRNetGemma3Config(CrossLayerFields, Gemma3TextConfig):
     __doc__ = CrossLayerFields.__doc__
     model_type = "crnet_gemma3"
+    unsupported = ("use_bidirectional_attention", "attn_logit_softcapping")
 
     def norm_parameters(self, layer_idx: int | None) -> int:
         return self.hidden_size if layer_idx is None else 4 * self.hidden_size + 2 * self.head_dim
-
-    def validate_architecture(self) -> None:
-        super().validate_architecture()
-        for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} is not supported by CR-Net's Gemma 3; leave it out.")

@@ -11,6 +11,7 @@ from .positions import Position
 class CRNetGPT2Config(CrossLayerFields, GPT2Config):
     __doc__ = CrossLayerFields.__doc__
     model_type = "crnet_gpt2"
+    unsupported = ("add_cross_attention", "reorder_and_upcast_attn")
 
     def positions(self, layer_idx: int) -> dict[str, Position]:
         h, f = self.hidden_size, self.n_inner or 4 * self.hidden_size
@@ -27,11 +28,3 @@ class CRNetGPT2Config(CrossLayerFields, GPT2Config):
 
     def norm_parameters(self, layer_idx: int | None) -> int:
         return 2 * super().norm_parameters(layer_idx)  # with biases
-
-    def validate_architecture(self) -> None:
-        super().validate_architecture()
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"n_embd={self.hidden_size} is not a multiple of n_head={self.num_attention_heads}.")
-        for name in ("add_cross_attention", "reorder_and_upcast_attn"):
-            if getattr(self, name):
-                raise ValueError(f"{name}=True is not supported by CR-Net's GPT-2; set it to False.")

@@ -30,9 +30,8 @@ class CRNetQwen3MoeConfig(CrossLayerFields, Qwen3MoeConfig):
         return super().norm_parameters(layer_idx) + of_heads
 
     def validate_architecture(self) -> None:
-        if not 1 <= self.num_experts_per_tok <= max(1, self.num_experts):
+        if self.decoder_sparse_step < 1:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is outside 1..{self.num_experts}, the number of "
-                "experts."
+                f"decoder_sparse_step={self.decoder_sparse_step} must be at least 1: every so many layers."
             )
         super().validate_architecture()

@@ -81,6 +81,9 @@ class CrossLayerFields:
     base_model_tp_plan = None
     base_model_pp_plan = None
 
+    unsupported = tuple[str, ...]()
+    """Switches of the family's own configuration that its CR-Net does not know."""
+
     def __post_init__(self, **kwargs) -> None:
         self.recompute = current_name(self.recompute)
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -179,8 +182,22 @@ class CrossLayerFields:
         check = getattr(super(), "validate_architecture", None)
         if check is not None:
             check()
-        heads = self.num_attention_heads  # type: ignore[attr-defined]
-        key_value_heads = getattr(self, "num_key_value_heads", heads)
+        for name in self.unsupported:
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not supported by {type(self).__name__}; leave it out."
+                )
+        hidden_size, heads = self.hidden_size, self.num_attention_heads  # type: ignore[attr-defined]
+        if hidden_size % heads != 0 and not getattr(self, "head_dim", None):
+            raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={heads}.")
+        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+            if not 0 <= getattr(self, name, 0) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside 0..1: it is the share that is dropped.")
+        window = getattr(self, "sliding_window", None)
+        if window is not None and window < 1:
+            raise ValueError(f"sliding_window={window} must be at least 1 token; null turns it off.")
+        key_value_heads = getattr(self, "num_key_value_heads", None)
+        key_value_heads = heads if key_value_heads is None else key_value_heads
         if key_value_heads < 1 or heads % key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}; choose "
@@ -194,10 +211,15 @@ class CrossLayerFields:
             )
         if not self.beta_epsilon > 0:
             raise ValueError(f"beta_epsilon={self.beta_epsilon} must be above 0: it keeps b away from zero.")
-        known = {name for layer_idx in range(self.num_hidden_layers) for name in self.positions(layer_idx)}  # type: ignore[attr-defined]
-        if unknown := sorted(self.carries.keys() - known):
+        places = {n: p for index in range(self.num_hidden_layers) for n, p in self.positions(index).items()}  # type: ignore[attr-defined]
+        for mixture in (place.mixture for place in places.values() if place.mixture is not None):
+            if not 1 <= mixture.active <= mixture.experts:
+                raise ValueError(
+                    f"num_experts_per_tok={mixture.active} is outside 1..{mixture.experts}, the number of experts."
+                )
+        if unknown := sorted(self.carries.keys() - places.keys()):
             raise ValueError(
-                f"carries names positions {unknown} that the model has not; it has {', '.join(sorted(known))}."
+                f"carries names positions {unknown} that the model has not; it has {', '.join(sorted(places))}."
             )
         self._validate_ranks()
 

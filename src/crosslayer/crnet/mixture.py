@@ -14,7 +14,9 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _grouped_linear
 
+from .block import CrossLayerBlock
 from .cross_layer_linear import GIVES_INCREMENT, b_of
+from .functions import Attention
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -107,6 +109,29 @@ GIVES_INCREMENT.add(CrossLayerMixture)
 
 class RouterLogits(nn.Identity):
     """What transformers records when `output_router_logits` asks for it."""
+
+
+class MixtureBlock:
+    """Of a block with a mixture: its router's logits go where they are recorded."""
+
+    def hand_out(self, beside) -> None:
+        for logits in beside:
+            self.router_logits(logits)  # type: ignore[attr-defined]
+
+
+class MixtureModel:
+    """Of a family with mixtures: what transformers records and chooses, and how mixtures start."""
+
+    _can_record_outputs = {"hidden_states": CrossLayerBlock, "attentions": Attention, "router_logits": RouterLogits}
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers reads it out of the modelling file, where its dense experts are only imported
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        init_mixture(module, self.config.initializer_range)  # type: ignore[attr-defined]
 
 
 def build_mixture(config, layer_idx: int, router: nn.Module, dense_experts: type[nn.Module]):

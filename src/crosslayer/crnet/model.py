@@ -151,7 +151,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
 
     block_class: type[CrossLayerBlock]
     norm_class: type[nn.Module] = CarriedRMSNorm
-    rotary_class: type[nn.Module] = LlamaRotaryEmbedding
+    rotary_class: type[nn.Module] | None = LlamaRotaryEmbedding
     output_class: type[BaseModelOutputWithPast] = BaseModelOutputWithPast
 
     def __init__(self, config: Any) -> None:
@@ -169,7 +169,8 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(self.block_class(config, index) for index in range(config.num_hidden_layers))
         self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = self.rotary_class(config=config)
+        if self.rotary_class is not None:
+            self.rotary_emb = self.rotary_class(config=config)
 
     # What a family may say otherwise
 
@@ -183,7 +184,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
 
     def rotations(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """`position_embeddings` of the blocks, or a dictionary of them by kind of layer."""
-        return self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        return self.rotary_emb(inputs_embeds, position_ids=position_ids) if self.rotary_class else None
 
     def last(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What follows the last block."""

@@ -4,21 +4,13 @@ The latent kv_a is read twice, by the norm ahead of kv_b and by attention, which
 """
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3Experts,
-    DeepseekV3RotaryEmbedding,
-    DeepseekV3TopkRouter,
-    apply_rotary_pos_emb,
-    apply_rotary_pos_emb_interleave,
-    yarn_apply_mscale,
-)
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
 from .block import LlamaBlock, Stage
 from .configuration_crnet_deepseek_v3 import CRNetDeepseekV3Config
 from .functions import Attention, CarriedRMSNorm, GatedMLP
-from .mixture import RouterLogits, build_mixture, init_mixture
+from .mixture import MixtureBlock, MixtureModel, RouterLogits, build_mixture
 from .model import (
     CrossLayerForCausalLM,
     CrossLayerForSequenceClassification,
@@ -37,7 +29,7 @@ class CRNetDeepseekV3LatentRMSNorm(CarriedRMSNorm):
 class CRNetDeepseekV3Attention(Attention):
     def __init__(self, config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.scaling = yarn_apply_mscale(config.rope_parameters, self.head_dim**-0.5)
+        self.scaling = theirs.yarn_apply_mscale(config.rope_parameters, self.head_dim**-0.5)
         self.caches_latent = not config.places(layer_idx)["kv_b"].carries
         if config.q_lora_rank is not None:
             self.q_a_layernorm = CRNetDeepseekV3LatentRMSNorm(config.q_lora_rank)
@@ -49,7 +41,7 @@ class CRNetDeepseekV3Attention(Attention):
         With a cache it holds latents where these say all, [B, 1, T, latent] and [B, 1, T, rotated].
         """
         config = self.config
-        rotate = apply_rotary_pos_emb_interleave if config.rope_interleave else apply_rotary_pos_emb
+        rotate = theirs.apply_rotary_pos_emb_interleave if config.rope_interleave else theirs.apply_rotary_pos_emb
         query = y_q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query, query_rotated = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         key_rotated = y_kv_a[..., config.kv_lora_rank :].unsqueeze(1)
@@ -71,7 +63,7 @@ class CRNetDeepseekV3Attention(Attention):
         return super().core(query, key, value, cache, attention_mask, **arguments)
 
 
-class CRNetDeepseekV3Router(DeepseekV3TopkRouter):
+class CRNetDeepseekV3Router(theirs.DeepseekV3TopkRouter):
     def weights_of(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Sigmoids of those chosen, as in `forward`."""
         weights = logits.sigmoid().gather(1, chosen)
@@ -79,14 +71,14 @@ class CRNetDeepseekV3Router(DeepseekV3TopkRouter):
         return weights * self.routed_scaling_factor
 
 
-class CRNetDeepseekV3DecoderLayer(LlamaBlock):
+class CRNetDeepseekV3DecoderLayer(MixtureBlock, LlamaBlock):
     attention_class = CRNetDeepseekV3Attention
 
     def add_functions(self, config, layer_idx: int) -> None:
         super().add_functions(config, layer_idx)
         mlp = self.stages[2:]
         if config.is_sparse(layer_idx):
-            self.mlp = build_mixture(config, layer_idx, CRNetDeepseekV3Router(config), DeepseekV3Experts)
+            self.mlp = build_mixture(config, layer_idx, CRNetDeepseekV3Router(config), theirs.DeepseekV3Experts)
             self.mlp.shared_experts = GatedMLP(config.hidden_act)
             self.router_logits = RouterLogits()
             positions = ("shared_gate", "shared_up", "experts")
@@ -104,26 +96,16 @@ class CRNetDeepseekV3DecoderLayer(LlamaBlock):
             *mlp,
         )
 
-    def hand_out(self, beside) -> None:
-        for logits in beside:
-            self.router_logits(logits)
 
-
-class CRNetDeepseekV3PreTrainedModel(CrossLayerPreTrainedModel):
+class CRNetDeepseekV3PreTrainedModel(MixtureModel, CrossLayerPreTrainedModel):
     config_class = CRNetDeepseekV3Config
     _no_split_modules = ["CRNetDeepseekV3DecoderLayer"]
-    _can_record_outputs = {**CrossLayerPreTrainedModel._can_record_outputs, "router_logits": RouterLogits}
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_mixture(module, self.config.initializer_range)
 
 
 class CRNetDeepseekV3Model(CrossLayerModel, CRNetDeepseekV3PreTrainedModel):
     block_class = CRNetDeepseekV3DecoderLayer
     output_class = MoeModelOutputWithPast
-    rotary_class = DeepseekV3RotaryEmbedding
+    rotary_class = theirs.DeepseekV3RotaryEmbedding
 
 
 class CRNetDeepseekV3ForCausalLM(CrossLayerForCausalLM, CRNetDeepseekV3PreTrainedModel):

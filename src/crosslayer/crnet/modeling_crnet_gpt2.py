@@ -3,11 +3,10 @@
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from .block import CrossLayerBlock, Stage
 from .configuration_crnet_gpt2 import CRNetGPT2Config
-from .functions import Attention, CarriedLayerNorm
+from .functions import Attention, CarriedLayerNorm, UngatedMLP
 from .model import (
     CrossLayerForCausalLM,
     CrossLayerForSequenceClassification,
@@ -23,24 +22,12 @@ class CRNetGPT2Attention(Attention):
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
         self.attention_dropout = config.attn_pdrop
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
-
-
-class CRNetGPT2MLP(nn.Module):
-    def __init__(self, config) -> None:
-        super().__init__()
-        self.act = ACT2FN[config.activation_function]
-        self.dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(self, y_up: torch.Tensor) -> torch.Tensor:
-        return self.act(y_up)
 
 
 class CRNetGPT2Block(CrossLayerBlock):
     def __init__(self, config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        drops = config.resid_pdrop > 0
-        attended, output = ("attn.resid_dropout", "mlp.dropout") if drops else (None, None)
+        attended, output = ("attended_dropout", "mlp_dropout") if config.resid_pdrop > 0 else (None, None)
         self.stages = (
             Stage(("h",), "ln_1", ("q", "k", "v")),
             Stage(("q", "k", "v"), "attn", ("o",), adds=("o",), through=attended, takes_arguments=True),
@@ -50,7 +37,8 @@ class CRNetGPT2Block(CrossLayerBlock):
         self.ln_1 = CarriedLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = CRNetGPT2Attention(config, layer_idx)
         self.ln_2 = CarriedLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = CRNetGPT2MLP(config)
+        self.mlp = UngatedMLP(config.activation_function)
+        self.attended_dropout, self.mlp_dropout = nn.Dropout(config.resid_pdrop), nn.Dropout(config.resid_pdrop)
         self.add_linears(config)
 
 
@@ -65,12 +53,13 @@ class CRNetGPT2PreTrainedModel(CrossLayerPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """As the other families; dense matrices that write to h are smaller by the root of their number (GPT-2)."""
         super()._init_weights(module)
-        if isinstance(module, CRNetGPT2Attention | CRNetGPT2MLP) and type(module.c_proj) is nn.Linear:
+        if isinstance(module, CRNetGPT2Attention | UngatedMLP) and type(module.c_proj) is nn.Linear:
             init.normal_(module.c_proj.weight, std=self.config.initializer_range / (2 * self.config.n_layer) ** 0.5)
 
 
 class CRNetGPT2Model(CrossLayerModel, CRNetGPT2PreTrainedModel):
     block_class = CRNetGPT2Block
+    rotary_class = None
 
     def build(self, config) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -85,9 +74,6 @@ class CRNetGPT2Model(CrossLayerModel, CRNetGPT2PreTrainedModel):
 
     def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return self.drop(inputs_embeds + self.wpe(position_ids))
-
-    def rotations(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> None:
-        return None
 
     def last(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.ln_f(hidden_states)

@@ -3,16 +3,12 @@
 import torch
 from torch import nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.models.qwen3_moe.modeling_qwen3_moe import (
-    Qwen3MoeExperts,
-    Qwen3MoeTopKRouter,
-    load_balancing_loss_func,
-)
+from transformers.models.qwen3_moe import modeling_qwen3_moe as theirs
 
 from .block import LlamaBlock, Stage
 from .configuration_crnet_qwen3_moe import CRNetQwen3MoeConfig
 from .functions import HeadNormAttention
-from .mixture import RouterLogits, build_mixture, init_mixture
+from .mixture import MixtureBlock, MixtureModel, RouterLogits, build_mixture
 from .model import (
     CrossLayerForCausalLM,
     CrossLayerForSequenceClassification,
@@ -21,7 +17,7 @@ from .model import (
 )
 
 
-class CRNetQwen3MoeRouter(Qwen3MoeTopKRouter):
+class CRNetQwen3MoeRouter(theirs.Qwen3MoeTopKRouter):
     def weights_of(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Softmax over all experts, at those chosen, as in `forward`."""
         weights = nn.functional.softmax(logits, dtype=torch.float, dim=-1).gather(1, chosen)
@@ -29,7 +25,7 @@ class CRNetQwen3MoeRouter(Qwen3MoeTopKRouter):
         return weights.to(logits.dtype)
 
 
-class CRNetQwen3MoeDecoderLayer(LlamaBlock):
+class CRNetQwen3MoeDecoderLayer(MixtureBlock, LlamaBlock):
     """Qwen3's block, or one whose MLP is a mixture."""
 
     attention_class = HeadNormAttention
@@ -40,23 +36,13 @@ class CRNetQwen3MoeDecoderLayer(LlamaBlock):
         if not self.is_sparse:
             return
         self.stages = (*self.stages[:2], Stage(("h",), "post_attention_layernorm", ("experts",), adds=("experts",)))
-        self.mlp = build_mixture(config, layer_idx, CRNetQwen3MoeRouter(config), Qwen3MoeExperts)
+        self.mlp = build_mixture(config, layer_idx, CRNetQwen3MoeRouter(config), theirs.Qwen3MoeExperts)
         self.router_logits = RouterLogits()
 
-    def hand_out(self, beside) -> None:
-        for logits in beside:
-            self.router_logits(logits)
 
-
-class CRNetQwen3MoePreTrainedModel(CrossLayerPreTrainedModel):
+class CRNetQwen3MoePreTrainedModel(MixtureModel, CrossLayerPreTrainedModel):
     config_class = CRNetQwen3MoeConfig
     _no_split_modules = ["CRNetQwen3MoeDecoderLayer"]
-    _can_record_outputs = {**CrossLayerPreTrainedModel._can_record_outputs, "router_logits": RouterLogits}
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_mixture(module, self.config.initializer_range)
 
 
 class CRNetQwen3MoeModel(CrossLayerModel, CRNetQwen3MoePreTrainedModel):
@@ -73,7 +59,7 @@ class CRNetQwen3MoeForCausalLM(CrossLayerForCausalLM, CRNetQwen3MoePreTrainedMod
         balance, config = None, self.config
         if outputs.router_logits is not None:
             mask = attention_mask if torch.is_tensor(attention_mask) else None
-            balance = load_balancing_loss_func(
+            balance = theirs.load_balancing_loss_func(
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask
             )
             loss = loss + config.router_aux_loss_coef * balance.to(loss.device) if loss is not None else loss

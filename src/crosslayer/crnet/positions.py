@@ -93,12 +93,14 @@ def decoder_positions(
     }
 
 
-def gated_mlp_positions(module: str, hidden_size: int, width: int, bias: bool = False) -> dict[str, Position]:
-    """gate, up and down of a gated MLP at `module`."""
+def gated_mlp_positions(
+    module: str, hidden_size: int, width: int, bias: bool = False, prefix: str = ""
+) -> dict[str, Position]:
+    """gate, up and down of a gated MLP at `module`, with a prefix to their names."""
     return {
-        "gate": Position(f"{module}.gate_proj", hidden_size, width, bias),
-        "up": Position(f"{module}.up_proj", hidden_size, width, bias),
-        "down": Position(f"{module}.down_proj", width, hidden_size, bias),
+        f"{prefix}gate": Position(f"{module}.gate_proj", hidden_size, width, bias),
+        f"{prefix}up": Position(f"{module}.up_proj", hidden_size, width, bias),
+        f"{prefix}down": Position(f"{module}.down_proj", width, hidden_size, bias),
     }
 
 
