@@ -125,6 +125,12 @@ class BlockRun:
     ) -> None:
         self.block, self.call, self.arguments, self.policy = block, call, arguments, policy
         self.parameters = parameters_of(block)  # in the end those of functions
+        known = [place.module for place in block.places.values()]
+        known += [path for stage in block.stages for path in (stage.function, stage.through) if path is not None]
+        # What hangs on the block besides, such as an adapter: only hooks know who uses it.
+        self.strays = {
+            key: p for key, p in self.parameters.items() if not any(key.startswith(f"{path}.") for path in known)
+        }
         products: dict[str, Product | OpaqueProduct] = {}
         for name, place in sorted(block.places.items(), key=lambda item: -len(item[1].module)):  # inner ones first
             prefix, factor = f"{place.module}.", b.get(name)
@@ -132,7 +138,7 @@ class BlockRun:
             if factor is not None:
                 del mine[f"{prefix}beta"]
             builds = place.carries and name in has_below
-            products[name] = product_of(place.module, block.linear(name), factor, builds, mine, call)
+            products[name] = product_of(place.module, block.linear(name), factor, builds, mine, self.strays, call)
         self.products = {name: products[name] for name in block.places}
         self.through: dict[str, Any] = {}  # what stands between Y and h, run once per pass
 
@@ -229,7 +235,7 @@ class BlockRun:
             self._note_random_state(path, module, inputs[0], kept)
         mine = {key: p for key, p in self.parameters.items() if key.startswith(f"{path}.")}
         with restored_random_state(None if notes else kept.random_states.get(path), inputs[0]):
-            return run_function(path, module, inputs, arguments, mine, self.call, waits)
+            return run_function(path, module, inputs, arguments, mine, self.strays, self.call, waits)
 
     def _note_random_state(self, path: str, module: nn.Module, like: torch.Tensor, kept: Kept) -> None:
         if draws_random_numbers(module):

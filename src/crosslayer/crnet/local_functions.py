@@ -136,17 +136,19 @@ def run_function(
     inputs: Sequence[torch.Tensor],
     arguments: dict,
     parameters: dict[str, torch.Tensor],
+    strays: dict[str, torch.Tensor],
     call: Call,
     waits: bool = False,
 ) -> Any:
     """A function of a block with its gradients: written out where it can be, else under a graph of its own.
 
-    `waits` asks for a graph that a later backward uses; a cheap function is run again instead.
+    `strays` are parameters that a hook on it may use; `waits` asks for a graph that a later backward uses.
     """
     closed_form = CLOSED_FORMS.get(type(module))
     if closed_form is not None and not is_watched(module) and is_plain(parameters) and closed_form.fits(module):
         return closed_form(name, module, inputs, call.scratch)
     with call.autocast():
+        parameters = parameters | strays
         if is_split(module):
             return AttentionGraph(module, inputs, arguments, parameters, waits)  # type: ignore[arg-type]
         return LocalGraph(lambda *tensors: first_of(module(*tensors, **arguments)), inputs, parameters, waits)

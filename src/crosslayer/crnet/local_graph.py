@@ -111,7 +111,9 @@ class LocalGraph:
             retain_graph=found.keep_graph,
             allow_unused=True,
         )
-        found.found |= {n: d for n, d in zip(names, gradients[len(self.leaves) :], strict=True) if d is not None}
+        for name, d in zip(names, gradients[len(self.leaves) :], strict=True):
+            if d is not None:
+                found.found[name] = found.found[name] + d if name in found.found else d
         inputs = [torch.zeros_like(leaf) if d is None else d for leaf, d in zip(self.leaves, gradients, strict=False)]
         if add_to is not None:
             return (torch.add(add_to, inputs[0], out=out),)

@@ -189,12 +189,15 @@ class OpaqueProduct:
 
 
 def product_of(
-    name: str, linear: nn.Module, b: float | None, builds_on_previous: bool, parameters: dict, call: Call
+    name: str, linear: nn.Module, b: float | None, builds_on_previous: bool, parameters: dict, strays: dict, call: Call
 ) -> Product | OpaqueProduct:
-    """The product of a linear at this path; `parameters` are all those below it, beta aside, by name."""
+    """The product of a linear at this path.
+
+    `parameters` are all those below it, beta aside, by name; `strays` those that a hook on it may use.
+    """
     if is_plain(parameters) and not is_watched(linear) and _is_known(linear):
         return Product(name, linear, b, call.autocast_dtype)
-    return OpaqueProduct(name, linear, b, builds_on_previous, parameters, call)
+    return OpaqueProduct(name, linear, b, builds_on_previous, parameters | strays, call)
 
 
 def _is_known(linear: nn.Module) -> bool:
