@@ -49,7 +49,7 @@ def trainer_of(root, kind, method="lora", **training):
         **training,
     }
     content = tiny_content(root, model, data, method=method, task=None, **settings)
-    content["data"] |= {"task": "classification" if kind == "crnet" else kind, "max_length": 96}
+    content["data"] |= {"task": "classification" if kind == "crnet" else kind, "max_length": 64}
     if kind != "instruction":
         content["data"] |= {"label_column": "score" if kind == "regression" else "label"}
     content["adapter"]["dropout"] = 0.0

@@ -18,8 +18,9 @@ from crosslayer.crnet import (
     CRNetForSequenceClassification,
     CRNetModel,
     CrossLayerLinear,
-    modeling_crnet,
 )
+from crosslayer.crnet.functions import CarriedRMSNorm
+from crosslayer.crnet.loss import fused_cross_entropy
 from model_cases import CASES, FACTORIZATION_CASES, PAD, SEQUENCE, config_of, gradients, model_of, tokens
 from tolerances import TOLERANCES, assert_all_close, assert_close, assert_far
 
@@ -137,7 +138,7 @@ def test_half_precision_loading(case, dtype, tmp_path):
     output, carried = carried_dtypes(half, tokens(), labels=tokens())
     assert output.logits.dtype == dtype
     assert output.loss.dtype == torch.float32
-    assert carried == ({dtype} if model.config.factorization != "cross_layer" else {torch.float32})
+    assert carried == ({dtype} if model.config.factorization == "dense" else {torch.float32})
     assert_close(output.logits, model(tokens()).logits, dtype)
     output.loss.backward()
     assert all(gradient.isfinite().all() for gradient in gradients(half).values())
@@ -196,7 +197,7 @@ def test_float64_all_the_way(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_norm(dtype):
     """Computed in float32, or in float64 for float64; the result has the weight's dtype."""
-    norm = modeling_crnet.CRNetRMSNorm(48, eps=1e-6)
+    norm = CarriedRMSNorm(48, eps=1e-6)
     nn.init.normal_(norm.weight, 1, 0.2)
     norm = norm.to(dtype)
     x = (3 * torch.randn(4, 48)).to(dtype)
@@ -293,13 +294,23 @@ def test_fused_loss_check_can_fail():
 
 
 @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="this torch has no linear_cross_entropy")
-def test_fused_loss_never_runs_the_head():
+def test_fused_loss_never_runs_the_head(monkeypatch):
     model = model_of("cross_layer")
     model.fused_loss = True
-    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the logits were computed"))
-    model(tokens(), labels=tokens())
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda linear, x: pytest.fail("a linear was called"))
     with pytest.raises(pytest.fail.Exception):
-        model(tokens())
+        model.lm_head(torch.zeros(1, 48))
+    fused_cross_entropy(torch.zeros(1, 4, 48), model.lm_head, tokens(rows=1, length=4))
+
+
+def test_fused_loss_asks_a_head_that_is_watched():
+    model = model_of("cross_layer")
+    model.fused_loss = True
+    expected = model(tokens(), labels=tokens()).loss
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(model(tokens(), labels=tokens()).loss, expected)
+    assert calls
 
 
 @pytest.mark.usefixtures("any_torch")
@@ -483,7 +494,7 @@ def test_activation_checkpointing_changes_no_gradient(case, use_reentrant):
     model(tokens(), labels=tokens(), use_cache=False).loss.backward()
     assert len(calls) == 2  # forward, and again in backward
     assert gradients(model).keys() == expected.keys()
-    assert all(torch.equal(gradients(model)[name], expected[name]) for name in expected)
+    assert_all_close(gradients(model), expected)
 
 
 def test_activation_checkpointing_by_its_old_name():

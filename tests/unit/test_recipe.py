@@ -145,9 +145,9 @@ def test_a_path_after_an_option_is_taken_as_it_is(text):
     assert (recipe.data.data, recipe.data.tokenizer, recipe.data.validation_data) == (text,) * 3
 
 
-@pytest.mark.parametrize("name", ["../../escape", "/tmp/x", "a/b", "..", ".", "", ".hidden", "a\\b", "a\nb", "a" * 300])
+@pytest.mark.parametrize("name", ["../../escape", "/tmp/x", "a/b", "..", ".", "", "a\\b", "a\nb", "a" * 300])
 def test_a_name_stays_below_the_runs_folder(name):
-    with pytest.raises(ConfigError, match="is no name of a folder"):
+    with pytest.raises(ConfigError, match="cannot be a folder's; give a short name"):
         build_recipe({}, {"name": name})
 
 
