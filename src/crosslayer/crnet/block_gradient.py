@@ -109,28 +109,19 @@ class BlockRun:
         block: the decoder block.
         call: what it has in common with the other blocks of this forward.
         arguments: keyword arguments of the block: masks, rotations.
-        b: b of each position that builds on the block below and can be run backwards.
-        has_below: names of the carried positions that some block below has.
+        b: {position: b} of those that build on the block below and can be run backwards.
+        has_below: set of the carried positions that some block below has.
         policy: the memory policy.
     """
 
-    def __init__(
-        self,
-        block: CrossLayerBlock,
-        call: Call,
-        arguments: dict,
-        b: dict[str, float],
-        has_below: set[str],
-        policy: Policy,
-    ) -> None:
+    def __init__(self, block: CrossLayerBlock, call: Call, arguments: dict, b, has_below, policy: Policy) -> None:
         self.block, self.call, self.arguments, self.policy = block, call, arguments, policy
         self.parameters = parameters_of(block)  # in the end those of functions
-        known = [place.module for place in block.places.values()]
-        known += [path for stage in block.stages for path in (stage.function, stage.through) if path is not None]
+        known = [*(place.module for place in block.places.values()), *(stage.function for stage in block.stages)]
+        known += [stage.through for stage in block.stages if stage.through is not None]
+        prefixes = tuple(f"{path}." for path in known)
         # What hangs on the block besides, such as an adapter: only hooks know who uses it.
-        self.strays = {
-            key: p for key, p in self.parameters.items() if not any(key.startswith(f"{path}.") for path in known)
-        }
+        self.strays = {key: p for key, p in self.parameters.items() if not key.startswith(prefixes)}
         products: dict[str, Product | OpaqueProduct] = {}
         for name, place in sorted(block.places.items(), key=lambda item: -len(item[1].module)):  # inner ones first
             prefix, factor = f"{place.module}.", b.get(name)
@@ -154,9 +145,7 @@ class BlockRun:
 
     # Forward
 
-    def forward(
-        self, h: torch.Tensor, Y_below: Outputs, in_place: tuple[str, ...]
-    ) -> tuple[State, Kept, list[torch.Tensor]]:
+    def forward(self, h: torch.Tensor, Y_below: Outputs, in_place: tuple[str, ...]) -> tuple[State, Kept, list]:
         """(h_{l-1}, Y_{l-1}) -> (h_l, Y_l), what is kept of the way, and what positions returned beside Y.
 
         `in_place`: positions whose Y_l may be written over Y_{l-1}.

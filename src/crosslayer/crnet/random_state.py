@@ -15,8 +15,8 @@ def get_random_state(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def set_random_state(states: list[torch.Tensor], tensor: torch.Tensor) -> None:
     torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.get_device_module(tensor.device).set_rng_state(states[1], tensor.device)
+    for state in states[1:]:
+        torch.get_device_module(tensor.device).set_rng_state(state, tensor.device)
 
 
 @contextmanager
