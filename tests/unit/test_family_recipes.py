@@ -4,11 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from crosslayer import crnet_config
 from crosslayer.accounting import Shape, count_parameters
 from crosslayer.crnet.families import FAMILIES, model_classes
-from crosslayer.train import load_recipe
+from crosslayer.train import build_recipe, load_recipe
+from crosslayer.train.parameter_groups import group_names
+from crosslayer.train.recipe import read_recipe
+from crosslayer.train.run import pretrain
+from family_cases import FAMILY_CASES
+from tiny_run import tiny_content
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "families"
 SMALL = sorted(FOLDER.glob("*_1m_text.yaml"))
@@ -67,3 +73,34 @@ def _parameters_of(config, index):
         found += place.mixture.router if place.mixture is not None else 0
         found += place.carries and name in below
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+def test_small_recipes_train(path, tmp_path):
+    """Two steps on a few texts, through checkpoint, card, sample and loading again."""
+    content = tiny_content(tmp_path, max_steps=2, save_steps=2, eval_steps=2, logging_steps=1, warmup_steps=1)
+    content["model"] = read_recipe(path)["model"]
+    report = pretrain(build_recipe(content), tmp_path / "run")
+    assert report.after["perplexity"] > 1
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"family `{content['model']['base']['model_type']}`" in card
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert again.config.linear_rank(1, "o") == report.model.config.linear_rank(1, "o")
+
+
+def test_the_norms_of_cohere_take_no_decay():
+    """Theirs over the heads are matrices."""
+    model = FAMILY_CASES["cohere_qk_norm"].model()
+    groups = group_names(model)
+    assert model.model.layers[0].self_attn.q_norm.weight.dim() == 2
+    assert {group for name, group in groups.items() if "norm" in name} == {"other"}
+
+
+def test_groups_of_a_mixture():
+    groups = group_names(FAMILY_CASES["qwen3_moe_dense_first"].model())
+    layer = {name.partition("layers.2.")[2]: group for name, group in groups.items() if "layers.2." in name}
+    assert layer["mlp.experts.gate_up_A"] == layer["mlp.experts.down_B"] == "low_rank"
+    assert layer["mlp.gate.weight"] == "full_rank"
+    assert layer["mlp.beta"] == "beta"
+    assert layer["self_attn.q_norm.weight"] == "other"

@@ -183,21 +183,17 @@ class CrossLayerFields:
         if check is not None:
             check()
         for name in self.unsupported:
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported by {type(self).__name__}; leave it out."
-                )
+            if value := getattr(self, name):
+                raise ValueError(f"{name}={value!r} is not supported by {type(self).__name__}; leave it out.")
         hidden_size, heads = self.hidden_size, self.num_attention_heads  # type: ignore[attr-defined]
         if hidden_size % heads != 0 and not getattr(self, "head_dim", None):
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={heads}.")
         for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
             if not 0 <= getattr(self, name, 0) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside 0..1: it is the share that is dropped.")
-        window = getattr(self, "sliding_window", None)
-        if window is not None and window < 1:
+        if (window := getattr(self, "sliding_window", None)) is not None and window < 1:
             raise ValueError(f"sliding_window={window} must be at least 1 token; null turns it off.")
-        key_value_heads = getattr(self, "num_key_value_heads", None)
-        key_value_heads = heads if key_value_heads is None else key_value_heads
+        key_value_heads = getattr(self, "num_key_value_heads", heads)
         if key_value_heads < 1 or heads % key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}; choose "
@@ -212,11 +208,9 @@ class CrossLayerFields:
         if not self.beta_epsilon > 0:
             raise ValueError(f"beta_epsilon={self.beta_epsilon} must be above 0: it keeps b away from zero.")
         places = {n: p for index in range(self.num_hidden_layers) for n, p in self.positions(index).items()}  # type: ignore[attr-defined]
-        for mixture in (place.mixture for place in places.values() if place.mixture is not None):
-            if not 1 <= mixture.active <= mixture.experts:
-                raise ValueError(
-                    f"num_experts_per_tok={mixture.active} is outside 1..{mixture.experts}, the number of experts."
-                )
+        for m in (place.mixture for place in places.values() if place.mixture is not None):
+            if not 1 <= m.active <= m.experts:
+                raise ValueError(f"num_experts_per_tok={m.active} is outside 1..{m.experts}, the number of experts.")
         if unknown := sorted(self.carries.keys() - places.keys()):
             raise ValueError(
                 f"carries names positions {unknown} that the model has not; it has {', '.join(sorted(places))}."

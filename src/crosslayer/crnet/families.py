@@ -45,6 +45,11 @@ def model_classes(base_type: str) -> dict[str, type[Any]]:
     return {auto: getattr(module, prefix + suffix) for auto, suffix in suffixes.items()}
 
 
+def family_of(config: Any) -> str:
+    """transformers' `model_type` of one of our configurations."""
+    return next(name for name, (stem, _) in FAMILIES.items() if stem == config.model_type)
+
+
 def field_names(cls: type[Any]) -> dict[str, str]:
     """Every name by which a field of a configuration class can be given -> the field's own."""
     own = {name for kind in cls.__mro__ for name in getattr(kind, "__annotations__", {})}

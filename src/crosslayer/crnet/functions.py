@@ -91,13 +91,6 @@ class GatedMLP(nn.Module):
         return self.act_fn(y_gate) * y_up
 
 
-class UngatedMLP(GatedMLP):
-    """act(Y_up)."""
-
-    def forward(self, y_up: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return self.act_fn(y_up)
-
-
 class Attention(nn.Module):
     """Multi-head attention with rotary embeddings, from Y_q, Y_k and Y_v to what the output projection reads."""
 

@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 from .block import CrossLayerBlock, Stage
 from .configuration_crnet_gpt2 import CRNetGPT2Config
-from .functions import Attention, CarriedLayerNorm, UngatedMLP
+from .functions import Attention, CarriedLayerNorm, GatedMLP
 from .model import (
     CrossLayerForCausalLM,
     CrossLayerForSequenceClassification,
@@ -24,6 +24,11 @@ class CRNetGPT2Attention(Attention):
         self.attention_dropout = config.attn_pdrop
 
 
+class CRNetGPT2MLP(GatedMLP):
+    def forward(self, y_up: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.act_fn(y_up)
+
+
 class CRNetGPT2Block(CrossLayerBlock):
     def __init__(self, config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -37,7 +42,7 @@ class CRNetGPT2Block(CrossLayerBlock):
         self.ln_1 = CarriedLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = CRNetGPT2Attention(config, layer_idx)
         self.ln_2 = CarriedLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = UngatedMLP(config.activation_function)
+        self.mlp = CRNetGPT2MLP(config.activation_function)
         self.attended_dropout, self.mlp_dropout = nn.Dropout(config.resid_pdrop), nn.Dropout(config.resid_pdrop)
         self.add_linears(config)
 
@@ -53,7 +58,7 @@ class CRNetGPT2PreTrainedModel(CrossLayerPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """As the other families; dense matrices that write to h are smaller by the root of their number (GPT-2)."""
         super()._init_weights(module)
-        if isinstance(module, CRNetGPT2Attention | UngatedMLP) and type(module.c_proj) is nn.Linear:
+        if isinstance(module, CRNetGPT2Attention | CRNetGPT2MLP) and type(module.c_proj) is nn.Linear:
             init.normal_(module.c_proj.weight, std=self.config.initializer_range / (2 * self.config.n_layer) ** 0.5)
 
 

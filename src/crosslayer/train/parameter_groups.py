@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from torch import nn
 
 from ..crnet import LowRankExperts, LowRankLinear
+from ..crnet.functions import CarriedLayerNorm, CarriedRMSNorm
 from ..errors import ConfigError
 
 
@@ -49,6 +50,12 @@ def group_names(model: nn.Module) -> dict[str, str]:
     for module in model.modules():
         if isinstance(module, LowRankExperts):
             low_rank_matrices |= {id(parameter) for parameter in module.parameters()}
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, CarriedLayerNorm | CarriedRMSNorm)
+        for parameter in module.parameters()
+    }
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
@@ -59,7 +66,7 @@ def group_names(model: nn.Module) -> dict[str, str]:
             return "embeddings"
         if id(parameter) in low_rank_matrices:
             return "low_rank"
-        if parameter.dim() > 1:  # of linears, routers and dense experts
+        if parameter.dim() > 1 and id(parameter) not in norms:  # of linears, routers and dense experts
             return "full_rank"
         return "beta" if name.endswith(".beta") else "other"
 

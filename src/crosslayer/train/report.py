@@ -7,6 +7,7 @@ from typing import Any
 
 from ..accounting import count_parameters
 from ..crnet import CRNetConfig
+from ..crnet.families import family_of
 
 DEFINITION = (
     "Perplexity is exp of the mean negative log-likelihood over every token of the validation split, documents kept "
@@ -116,9 +117,7 @@ def write_card(folder: Path, config: CRNetConfig, report: RunReport) -> None:
         if result["bits_per_byte"] is not None:
             quality += f", {result['bits_per_byte']:.3f} bits per byte"
         quality += f", after {report.tokens:,} training tokens. {DEFINITION}"
-    shape = (
-        f"{config.num_hidden_layers}, {config.hidden_size}, {config.intermediate_size}, {config.num_attention_heads}"
-    )
+    shape = f"{config.num_hidden_layers}, {config.hidden_size}, {_widths(config)}, {config.num_attention_heads}"
     plan = report.plan
     training = f"{plan['steps']} steps of {plan['tokens_per_step']:,} tokens, {plan['precision']}, seed {report.seed}"
     versions = ", ".join(f"{name} {version}" for name, version in report.run["versions"].items())
@@ -132,7 +131,8 @@ def write_card(folder: Path, config: CRNetConfig, report: RunReport) -> None:
 
 {report.recipe["description"]}
 
-A language model of the LLaMA family with `factorization="{config.factorization}"`, pre-trained with crosslayer.
+A language model of the family `{family_of(config)}` with `factorization="{config.factorization}"`, pre-trained with
+crosslayer.
 {_METHOD[config.factorization]}
 
 | | |
@@ -178,6 +178,18 @@ _METHOD = {
     "cola": "Every linear of a layer is B silu(A x) of low rank (CoLA, arXiv 2502.10940).",
     "dense": "Every linear is dense, as in transformers' own model.",
 }
+
+
+def _widths(config: CRNetConfig) -> str:
+    """Of the MLPs, each once: "344", or "344 and 8 experts of 96"."""
+    widths: dict[str, None] = {}
+    for layer_idx in range(config.num_hidden_layers):
+        for name, place in config.positions(layer_idx).items():
+            if place.mixture is not None:
+                widths[f"{place.mixture.experts} experts of {place.mixture.width}"] = None
+            elif name == "up":
+                widths[str(place.out_features)] = None
+    return " and ".join(widths)
 
 
 def _ranks(config: CRNetConfig) -> str:
