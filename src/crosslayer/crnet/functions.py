@@ -112,10 +112,9 @@ class Attention(nn.Module):
         """Y_q, Y_k, Y_v -> queries [B, heads, T, head_dim], keys and values [B, key-value heads, T, head_dim]."""
         query, key, value = (y.view(*y.shape[:-1], -1, self.head_dim) for y in (y_q, y_k, y_v))
         query, key = self.normalise(query, key)
-        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-        if position_embeddings is not None:
-            query, key = self.rotate(query, key, *position_embeddings)
-        return query, key, value
+        if position_embeddings is not None:  # ahead of the transpose, while memory is in order
+            query, key = self.rotate(query, key, *position_embeddings, unsqueeze_dim=2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def normalise(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys [B, T, heads, head_dim] ahead of the rotation: for families with q/k norms."""
