@@ -108,12 +108,14 @@ class Attention(nn.Module):
         self.sliding_window = shape.window
         self.is_causal = True
 
-    def prepare(self, y_q, y_k, y_v, position_embeddings=None, **arguments: Any) -> tuple[torch.Tensor, ...]:
+    def prepare(
+        self, y_q, y_k, y_v, position_embeddings=None, rotate=None, **arguments: Any
+    ) -> tuple[torch.Tensor, ...]:
         """Y_q, Y_k, Y_v -> queries [B, heads, T, head_dim], keys and values [B, key-value heads, T, head_dim]."""
         query, key, value = (y.view(*y.shape[:-1], -1, self.head_dim) for y in (y_q, y_k, y_v))
         query, key = self.normalise(query, key)
         if position_embeddings is not None:  # ahead of the transpose, while memory is in order
-            query, key = self.rotate(query, key, *position_embeddings, unsqueeze_dim=2)
+            query, key = (rotate or self.rotate)(query, key, *position_embeddings, unsqueeze_dim=2)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def normalise(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .cross_layer_linear import is_watched
 from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm, GatedMLP
@@ -81,6 +82,40 @@ CLOSED_FORMS: dict[type, Any] = {
 }
 
 
+class Rotation(torch.autograd.Function):
+    """x cos + (-x_2, x_1) sin of halves x_1, x_2, and its transpose, in `Scratch`; the roundings of transformers' Llama."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, name: str, scratch: Scratch):
+        """x [B, T, heads, head_dim], cos and sin [B, T, 1, head_dim]."""
+        ctx.given = cos, sin, f"d_{name}", scratch
+        return Rotation.turn(x, cos, sin, name, scratch, 1)
+
+    @staticmethod
+    def backward(ctx, d):
+        return Rotation.turn(d, *ctx.given, -1), None, None, None, None
+
+    @staticmethod
+    def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, name: str, scratch: Scratch, sign: int):
+        dtype, half = torch.promote_types(x.dtype, cos.dtype), x.shape[-1] // 2
+        out = torch.mul(x, cos, out=scratch.get(("rotation", name), x.shape, x, dtype))
+        turned = scratch.get(("rotation", "half"), (*x.shape[:-1], half), x, dtype)
+        sin_1, sin_2 = sin.split(half, -1)[::sign]
+        out[..., :half].add_(torch.mul(x[..., half:], sin_1, out=turned), alpha=-sign)
+        out[..., half:].add_(torch.mul(x[..., :half], sin_2, out=turned), alpha=sign)
+        return out
+
+    @staticmethod
+    def of(scratch: Scratch):
+        """What stands in for `apply_rotary_pos_emb`."""
+
+        def rotate(query, key, cos, sin, unsqueeze_dim):
+            cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+            return tuple(Rotation.apply(x, cos, sin, n, scratch) for n, x in (("query", query), ("key", key)))
+
+        return rotate
+
+
 class AttentionGraph(LocalGraph):
     """Attention from the Y that it reads. Its graph may wait for the backward without holding q, k and v.
 
@@ -88,12 +123,14 @@ class AttentionGraph(LocalGraph):
     the rest is held (its output and its sums over the keys, 1h per token, where the implementation is a fused one).
     """
 
-    def __init__(self, attention: Attention, inputs, arguments: dict, parameters, waits: bool) -> None:
+    def __init__(self, attention: Attention, inputs, arguments: dict, parameters, call: Call, waits: bool) -> None:
         held: list[torch.Tensor] = []
         self.rebuilt: list[torch.Tensor] = []
         leaves: list[torch.Tensor] = []
         known: list[tuple] = []
-        rebuilt = self.rebuilt
+        rebuilt, given = self.rebuilt, dict(arguments)
+        if attention.rotate is apply_rotary_pos_emb:
+            given["rotate"] = Rotation.of(call.scratch)
 
         def identity(tensor):
             return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
@@ -109,12 +146,12 @@ class AttentionGraph(LocalGraph):
                 return packed
             if not rebuilt:
                 with torch.no_grad():
-                    rebuilt.extend(attention.prepare(*leaves, **arguments))
+                    rebuilt.extend(attention.prepare(*leaves, **given))
             return rebuilt[packed]
 
         def attend(*inputs):
             leaves.extend(inputs)
-            prepared = attention.prepare(*inputs, **arguments)
+            prepared = attention.prepare(*inputs, **given)
             if not waits:
                 return attention.core(*prepared, **arguments)[0]
             known.extend(identity(tensor) for tensor in prepared)
@@ -150,7 +187,7 @@ def run_function(
     with call.autocast():
         parameters = parameters | strays
         if is_split(module):
-            return AttentionGraph(module, inputs, arguments, parameters, waits)  # type: ignore[arg-type]
+            return AttentionGraph(module, inputs, arguments, parameters, call, waits)  # type: ignore[arg-type]
         return LocalGraph(lambda *tensors: first_of(module(*tensors, **arguments)), inputs, parameters, waits)
 
 
