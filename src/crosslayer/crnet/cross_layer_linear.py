@@ -105,7 +105,7 @@ GIVES_INCREMENT: set[type] = {CrossLayerLinear}
 """Modules, by their exact type, of which Y_l = b Y_{l-1} + `increment(x)` holds; a mixture of experts adds itself."""
 
 
-def b_of(beta: torch.Tensor, epsilon: float) -> torch.Tensor:
+def b_of(beta: torch.Tensor, epsilon: float | torch.Tensor) -> torch.Tensor:
     """s(beta) (|beta| + eps), elementwise, with s(0) = +1.
 
     Written as beta ± eps, which is the same value, and has derivative 1 everywhere, at beta = 0 too, where

@@ -11,6 +11,7 @@ Letters: [B, T, D] batch, tokens, hidden size; F the output width of a position;
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,37 +84,33 @@ CLOSED_FORMS: dict[type, Any] = {
 
 
 class Rotation(torch.autograd.Function):
-    """x cos + (-x_2, x_1) sin of halves x_1, x_2, and its transpose, in `Scratch`; the roundings of transformers' Llama."""
+    """x cos + (-x_2, x_1) sin of halves x_1, x_2, and its transpose, in `Scratch`; rounded as transformers does."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, name: str, scratch: Scratch):
         """x [B, T, heads, head_dim], cos and sin [B, T, 1, head_dim]."""
-        ctx.given = cos, sin, f"d_{name}", scratch
-        return Rotation.turn(x, cos, sin, name, scratch, 1)
+        ctx.given = cos, sin, f"d {name}", scratch
+        return turn(1, x, cos, sin, name, scratch)
 
     @staticmethod
     def backward(ctx, d):
-        return Rotation.turn(d, *ctx.given, -1), None, None, None, None
+        return turn(-1, d, *ctx.given), None, None, None, None
 
-    @staticmethod
-    def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, name: str, scratch: Scratch, sign: int):
-        dtype, half = torch.promote_types(x.dtype, cos.dtype), x.shape[-1] // 2
-        out = torch.mul(x, cos, out=scratch.get(("rotation", name), x.shape, x, dtype))
-        turned = scratch.get(("rotation", "half"), (*x.shape[:-1], half), x, dtype)
-        sin_1, sin_2 = sin.split(half, -1)[::sign]
-        out[..., :half].add_(torch.mul(x[..., half:], sin_1, out=turned), alpha=-sign)
-        out[..., half:].add_(torch.mul(x[..., :half], sin_2, out=turned), alpha=sign)
-        return out
 
-    @staticmethod
-    def of(scratch: Scratch):
-        """What stands in for `apply_rotary_pos_emb`."""
+def turn(sign: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, name: str, scratch: Scratch):
+    dtype, half = torch.promote_types(x.dtype, cos.dtype), x.shape[-1] // 2
+    out = torch.mul(x, cos, out=scratch.get(("rotation", name), x.shape, x, dtype))
+    turned = scratch.get(("rotation", "half"), (*x.shape[:-1], half), x, dtype)
+    sin_1, sin_2 = sin.split(half, -1)[::sign]
+    out[..., :half].add_(torch.mul(x[..., half:], sin_1, out=turned), alpha=-sign)
+    out[..., half:].add_(torch.mul(x[..., :half], sin_2, out=turned), alpha=sign)
+    return out
 
-        def rotate(query, key, cos, sin, unsqueeze_dim):
-            cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-            return tuple(Rotation.apply(x, cos, sin, n, scratch) for n, x in (("query", query), ("key", key)))
 
-        return rotate
+def rotate_in_scratch(scratch: Scratch, query, key, cos, sin, unsqueeze_dim: int):
+    """What stands in for `apply_rotary_pos_emb`."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return tuple(Rotation.apply(x, cos, sin, name, scratch) for name, x in (("query", query), ("key", key)))
 
 
 class AttentionGraph(LocalGraph):
@@ -130,7 +127,7 @@ class AttentionGraph(LocalGraph):
         known: list[tuple] = []
         rebuilt, given = self.rebuilt, dict(arguments)
         if attention.rotate is apply_rotary_pos_emb:
-            given["rotate"] = Rotation.of(call.scratch)
+            given["rotate"] = partial(rotate_in_scratch, call.scratch)
 
         def identity(tensor):
             return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

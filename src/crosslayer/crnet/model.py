@@ -286,9 +286,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
             if policy != "none":
                 logger.warning_once(f"output_attentions: this call runs without recompute={policy!r}.")
             return False
-        if any(
-            unwrap(type(layer).forward) is not unwrap(CrossLayerBlock.forward) for layer in map(_inner, self.blocks)
-        ):
+        if any(unwrap(type(layer).forward) is not unwrap(CrossLayerBlock.forward) for layer in self.blocks):
             logger.warning_once(f"A block with a forward of its own: training runs without recompute={policy!r}.")
             return False
         return torch.compiler.is_compiling() or type(hidden_states) is torch.Tensor  # no fake tensor, no DTensor
@@ -300,8 +298,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         assert policy is not None
         interval = self.config.recompute_interval if policy == self.config.recompute else None
         bound, device_type = self.config.recompute_error_bound, hidden_states.device.type
-        inner = [_inner(layer) for layer in layers]
-        tape = Tape(policy, interval, bound, inner, arguments, device_type, self._drift)
+        tape = Tape(policy, interval, bound, layers, arguments, device_type, self._drift)
         for layer in layers:
             (hidden_states,) = layer(hidden_states, tape=tape)
         return hidden_states
@@ -327,13 +324,6 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         return max(1e-4, 4 * torch.finfo(dtype).eps)
-
-
-def _inner(layer: nn.Module) -> Any:
-    """The block, should something be wrapped around it (LoR2C)."""
-    while not isinstance(layer, CrossLayerBlock) and hasattr(layer, "base_layer"):
-        layer = layer.base_layer  # type: ignore[assignment]
-    return layer
 
 
 def _largest_of_all_processes(value: float | None, device: torch.device) -> float | None:

@@ -317,13 +317,7 @@ def read_b(layers: list[Any]) -> list[dict[str, float]]:
         return [{} for _ in layers]
     with torch.no_grad():
         betas = torch.cat([linear.beta.detach() for linear in every])
-        epsilons = {linear.beta_epsilon for linear in every}
-        if len(epsilons) > 1:
-            epsilon = torch.tensor([linear.beta_epsilon for linear in every], dtype=betas.dtype, device=betas.device)
-            b = betas + torch.where(betas >= 0, epsilon, -epsilon)
-        else:
-            b = b_of(betas, epsilons.pop())
-        numbers = iter(b.tolist())
+        numbers = iter(b_of(betas, betas.new_tensor([linear.beta_epsilon for linear in every])).tolist())
     return [{position: next(numbers) for position in of_layer} for of_layer in linears]
 
 
