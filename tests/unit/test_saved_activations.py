@@ -80,8 +80,8 @@ def test_bars_can_fail(monkeypatch):
     """q and k held instead of rotated again; low-rank outputs held without need."""
     init = AttentionGraph.__init__
 
-    def hoarding(run, attention, inputs, arguments, parameters, waits):
-        init(run, attention, inputs, arguments, parameters, waits)
+    def hoarding(run, attention, inputs, arguments, parameters, call, waits):
+        init(run, attention, inputs, arguments, parameters, call, waits)
         if waits:
             run.held.extend(tensor.detach().clone() for tensor in attention.prepare(*inputs, **arguments)[:2])
 

@@ -111,7 +111,7 @@ def b_of(beta: torch.Tensor, epsilon: float | torch.Tensor) -> torch.Tensor:
     Written as beta ± eps, which is the same value, and has derivative 1 everywhere, at beta = 0 too, where
     sign(beta) (|beta| + eps) would be a dead 0 (our choice).
     """
-    return beta + torch.where(beta >= 0, epsilon, -epsilon)
+    return torch.where(beta >= 0, beta + epsilon, beta - epsilon)
 
 
 # One token at a time on a CPU, as batches of dot products: the BLAS product of a narrow matrix and a vector reaches
