@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..crnet.cross_layer_linear import b_of
 from ..errors import CheckpointError
 
 HEALTH_FILE = "health.jsonl"
@@ -53,7 +54,7 @@ def b_values(model: nn.Module) -> Table:
 
     def b(module: Any) -> torch.Tensor:
         beta = _whole(module.beta)
-        return beta + torch.where(beta >= 0, module.beta_epsilon, -module.beta_epsilon)
+        return b_of(beta, module.beta_epsilon)
 
     return _table(cross_layer_linears(model), b)
 
