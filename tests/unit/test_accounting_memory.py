@@ -95,6 +95,15 @@ def test_saved_by_autograd(factorization, checkpointing, precision):
     assert_saved(model, shape, step, method, cast_weights(shape, step, method))
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("precision", PRECISION)
 @pytest.mark.parametrize(("policy", "interval"), POLICIES)
 def test_saved_by_a_policy(policy, interval, precision):
