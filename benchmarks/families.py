@@ -4,10 +4,11 @@
     OMP_NUM_THREADS=2 python benchmarks/families.py --cost 15
 
 Within a study every contender has the same shape, tokenizer, data order and number of tokens; variants of CR-Net differ
-in what carries, and so only in the number of betas. Rates are tuned by short runs for the dense model and for CR-Net's
-first variant, whose rates the other variants take. All contenders run with the first seed; those that are clearly worse
-there (2 % of perplexity behind the best variant) get no further seeds. One run at a time, on one thread; each is a
-record in the result file, so that the script goes on where it stopped.
+in what carries, and so only in the number of betas. Rates are tuned for dense and CR-Net on Llama's and on GPT-2's block,
+by runs as long as the others; the other studies take those of Llama. (Runs of a quarter of that length wanted rates at
+which the matrices hardly learn.) All contenders run with the first seed; those that are clearly worse there (2 % of
+perplexity behind the best variant) get no further seeds. One run at a time, on one thread; each is a record in the result
+file, so that the script goes on where it stopped.
 """
 
 import argparse
@@ -27,11 +28,11 @@ from result_file import ResultFile
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 BLOCK_SIZE, BATCH_SIZE, VOCABULARY = 256, 4, 2048
-TUNING_STEPS, FINAL_STEPS = 100, 400
+STEPS = 300
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 CLEARLY_WORSE = 1.02
 BASE_RATE, EMBEDDING_RATE = 1e-3, 8e-3
-START = {"full_rank": 2.5e-4, "low_rank": 1e-3}
+START = {"full_rank": 5e-4, "low_rank": 1e-3}
 
 WIDTHS = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
 MOE = {"moe_intermediate_size": 96, "num_experts_per_tok": 2}
@@ -41,20 +42,23 @@ DENSE = {"factorization": "dense"}
 
 @dataclass(frozen=True)
 class Study:
-    """Contenders by name: fields of the configuration. The first one that is no "dense" is tuned for all the others."""
+    """Contenders by name: fields of the configuration. Without `tunes` the rates are those found on Llama's block."""
 
     base: dict[str, Any]
     contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tunes: bool = False
 
 
 STUDIES = {
     "llama": Study(
         {"model_type": "llama", **WIDTHS, "intermediate_size": 344},
         {"dense": DENSE, "CR-Net": {}},
+        tunes=True,
     ),
     "gpt2": Study(
         {"model_type": "gpt2", **WIDTHS, "n_inner": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         {"dense": DENSE, "CR-Net": {}},
+        tunes=True,
     ),
     "moe": Study(
         {"model_type": "qwen3_moe", **WIDTHS, **MOE, "num_key_value_heads": 4, "num_experts": 8, "head_dim": 32},
@@ -105,7 +109,7 @@ STUDIES = {
 }
 
 
-def recipe_of(study: Study, fields: dict, rates: dict[str, float], seed: int, steps: int, options):
+def recipe_of(study: Study, fields: dict, rates: dict[str, float], seed: int, options):
     from crosslayer.train import build_recipe
 
     full_rank = rates["full_rank"]
@@ -127,13 +131,13 @@ def recipe_of(study: Study, fields: dict, rates: dict[str, float], seed: int, st
                 "beta_lr_factor": rates.get("low_rank", 0.0) / BASE_RATE,
             },
             "training": {
-                "max_steps": steps,
+                "max_steps": STEPS,
                 "per_device_train_batch_size": BATCH_SIZE,
                 "per_device_eval_batch_size": BATCH_SIZE,
                 "learning_rate": BASE_RATE,
                 "lr_scheduler_type": "cosine_with_min_lr",
                 "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-                "warmup_steps": steps // 10,
+                "warmup_steps": STEPS // 10,
                 "adam_beta2": 0.98,
                 "max_grad_norm": 1.0,
                 "logging_steps": 20,
@@ -147,7 +151,7 @@ def recipe_of(study: Study, fields: dict, rates: dict[str, float], seed: int, st
     )
 
 
-def train(study: Study, fields: dict, rates: dict[str, float], seed: int, steps: int, options) -> dict[str, Any]:
+def train(study: Study, fields: dict, rates: dict[str, float], seed: int, options) -> dict[str, Any]:
     """Perplexity after one run, its parameters and its speed."""
     import torch
 
@@ -160,25 +164,22 @@ def train(study: Study, fields: dict, rates: dict[str, float], seed: int, steps:
     from crosslayer.train.trainer import PretrainTrainer
 
     quiet_libraries()
-    recipe = recipe_of(study, fields, rates, seed, steps, options)
+    recipe = recipe_of(study, fields, rates, seed, options)
     prepared = prepare_data(recipe.data)
     config = build_model_config(recipe, prepared.tokenizer)
     arguments = build_arguments(recipe, options.work / "unused")
     arguments.disable_tqdm = True
-    validation, utf8_bytes = prepared.validation, prepared.statistics.validation.bytes
-    if steps == TUNING_STEPS:
-        validation, utf8_bytes = validation.select(range(min(len(validation), 148))), None
     model = build_model(config, seed)
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
         train_dataset=prepared.train,
-        eval_dataset=validation,
+        eval_dataset=prepared.validation,
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
         parameter_groups=recipe.parameter_groups,
         block_size=BLOCK_SIZE,
-        validation_bytes=utf8_bytes,
+        validation_bytes=prepared.statistics.validation.bytes,
     )
     started = time.perf_counter()
     try:
@@ -193,7 +194,7 @@ def train(study: Study, fields: dict, rates: dict[str, float], seed: int, steps:
         "perplexity": round(perplexity, 3),
         "parameters": model.num_parameters(),
         "parameters_without_embeddings": sum(p.numel() for p in model.parameters() if id(p) not in outside),
-        "tokens": steps * BATCH_SIZE * BLOCK_SIZE,
+        "tokens": STEPS * BATCH_SIZE * BLOCK_SIZE,
         "seconds": round(time.perf_counter() - started, 1),
         "b": b_of(model),
     }
@@ -215,15 +216,15 @@ class Runs:
     def __init__(self, name: str, file: ResultFile, options) -> None:
         self.name, self.study, self.file, self.options = name, STUDIES[name], file, options
 
-    def run(self, contender: str, rates: dict[str, float], seed: int, steps: int) -> float:
+    def run(self, contender: str, rates: dict[str, float], seed: int) -> float:
         rate = " ".join(f"{group}={value:g}" for group, value in rates.items())
-        key = f"{self.name}: {contender}, {rate}, seed {seed}, {steps} steps"
+        key = f"{self.name}: {contender}, {rate}, seed {seed}"
         fields = self.study.contenders[contender]
-        found = self.file.section(key, lambda: train(self.study, fields, rates, seed, steps, self.options))
+        found = self.file.section(key, lambda: train(self.study, fields, rates, seed, self.options))
         return found["perplexity"]
 
     def tune(self, contender: str) -> dict[str, float]:
-        """Rates with the lowest perplexity after short runs: of the factors, then of the full-rank matrices.
+        """Rates with the lowest perplexity: of the factors, then of the full-rank matrices.
 
         In steps of two from `START` until the best one has a worse neighbour on both sides.
         """
@@ -234,7 +235,7 @@ class Runs:
 
             def perplexity(rate: float, group=group, tried=tried) -> float:
                 if rate not in tried:
-                    tried[rate] = self.run(contender, best | {group: rate}, TUNING_SEED, TUNING_STEPS)
+                    tried[rate] = self.run(contender, best | {group: rate}, TUNING_SEED)
                 return tried[rate]
 
             rate = START[group]
@@ -246,15 +247,15 @@ class Runs:
     def all(self) -> dict[str, Any]:
         names = list(self.study.contenders)
         variants = [name for name in names if name != "dense"]
-        rates = {name: self.tune(name) for name in names if name in ("dense", variants[0])}
-        rates |= dict.fromkeys(variants, rates[variants[0]])
-        first = {name: self.run(name, rates[name], SEEDS[0], FINAL_STEPS) for name in names}
+        tuned = self if self.study.tunes else Runs("llama", self.file, self.options)
+        rates = {name: tuned.tune("dense" if name == "dense" else "CR-Net") for name in names}
+        first = {name: self.run(name, rates[name], SEEDS[0]) for name in names}
         best = min(first[name] for name in variants)
         found = {}
         for name in names:
             goes_on = name == "dense" or first[name] <= best * CLEARLY_WORSE
             seeds = SEEDS if goes_on else SEEDS[:1]
-            perplexities = [self.run(name, rates[name], seed, FINAL_STEPS) for seed in seeds]
+            perplexities = [self.run(name, rates[name], seed) for seed in seeds]
             found[name] = {
                 "rates": rates[name],
                 "perplexities": perplexities,
