@@ -4,11 +4,11 @@
     OMP_NUM_THREADS=2 python benchmarks/families.py --cost 15
 
 Within a study every contender has the same shape, tokenizer, data order and number of tokens; variants of CR-Net differ
-in what carries, and so only in the number of betas. Rates are tuned for dense and CR-Net on Llama's and on GPT-2's block,
-by runs as long as the others; the other studies take those of Llama. (Runs of a quarter of that length wanted rates at
-which the matrices hardly learn.) All contenders run with the first seed; those that are clearly worse there (2 % of
-perplexity behind the best variant) get no further seeds. One run at a time, on one thread; each is a record in the result
-file, so that the script goes on where it stopped.
+in what carries, and so only in the number of betas. Rates are tuned for dense and CR-Net on Llama's and on GPT-2's
+block, by runs as long as the others; the other studies take those of Llama. (Runs of a quarter of that length wanted
+rates at which the matrices hardly learn.) All contenders run with the first seed; those that are clearly worse there
+(2 % of perplexity behind the best variant) get no further seeds. One run at a time, on one thread; each is a record in
+the result file, so that the script goes on where it stopped.
 """
 
 import argparse
