@@ -15,9 +15,12 @@ from ..ranges import (
     COUNT_OR_0,
     SEED,
     SHARE,
+    SIZE,
     Range,
+    one_of,
     only,
     where,
+    whole,
 )
 
 INTERVAL = where("a whole number of at least 1, or a share in (0, 1)", lambda x: 0 < x < 1 or x == int(x) >= 1)
@@ -80,16 +83,19 @@ MODEL = {
             "vocab_size",
             "hidden_size",
             "intermediate_size",
-            "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
             "head_dim",
             "max_position_embeddings",
         ),
-        COUNT,
+        SIZE,
     ),
     **dict.fromkeys(("initializer_range", "rms_norm_eps", "beta_epsilon"), ABOVE_0),
+    "num_hidden_layers": whole(1, 2**14, "a whole number from 1 to 16384"),
     "attention_dropout": SHARE,
+    "base": Range("a name, a folder or the fields of a configuration", lambda value: isinstance(value, str | Mapping)),
+    "dtype": one_of(("float32", "bfloat16", "float16", "float64")),
+    **dict.fromkeys(("attribute_map", "id2label", "label2id"), Range("a mapping", lambda v: isinstance(v, Mapping))),
 }
 """Field of CRNetConfig -> what it may be; ranks and policies are checked by the configuration itself."""
 
