@@ -263,11 +263,11 @@ def test_bench_speed(run, extra):
     [
         (("memory", "--layers", "4"), ("layers='4'", "two different depths")),
         (("memory", "--layers", "4,deep"), ("4,deep",)),
-        (("memory", "--layers", "0,4"), ("layers=0", "at least 1")),
+        (("memory", "--layers", "0,4"), ("layers='0,4'", "from 1 to")),
         (("memory", "--methods", "galore"), ("galore", "choose from llama")),
         (("memory", "--recompute-interval", "40"), ("recompute_interval=40",)),
         (("speed", "--dtype", "fp8"), ("fp8", "float32, bfloat16, mixed")),
-        (("speed", "--parts", "training,sleeping"), ("sleeping", "training, generation, memory")),
+        (("speed", "--parts", "training,sleeping"), ("sleeping", "some of training, generation, memory")),
         (("speed", "--turns", "0"), ("turns=0",)),
         (("speed", "--warm-up", "-1"), ("warm_up=-1",)),
         (("speed", "--device", "cuda:9"), ("cuda:9",)),

@@ -208,11 +208,11 @@ def test_interrupted(tmp_path, monkeypatch):
     [
         ({"methods": ("cnet",)}, "'cnet' is none of .*the nearest is crnet"),
         ({"methods": ()}, "methods is empty"),
-        ({"seeds": 0}, "seeds=0 must be at least 1"),
-        ({"tuning_runs": -1}, "tuning_runs=-1 must be at least 0"),
-        ({"tuning_steps": 0}, "tuning_steps=0 must be at least 1"),
-        ({"workers": 0}, "workers=0 must be at least 1"),
-        ({"validation_blocks": 0}, "validation_blocks=0 must be at least 1"),
+        ({"seeds": 0}, "seeds=0 must be a whole number of at least 1"),
+        ({"tuning_runs": -1}, "tuning_runs=-1 must be a whole number of at least 0"),
+        ({"tuning_steps": 0}, "tuning_steps=0 must be a whole number of at least 1"),
+        ({"workers": 0}, "workers=0 must be a whole number of at least 1"),
+        ({"validation_blocks": 0}, "validation_blocks=0 must be a whole number of at least 1"),
     ],
 )
 def test_wrong_options(wrong, message):

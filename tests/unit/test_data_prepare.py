@@ -523,7 +523,7 @@ def test_evaluation_of_the_whole_source_and_of_its_validation_part(make):
     assert {len(row["labels"]) for row in blocks} == {50}
     assert statistics.bytes == sum(len(text.encode()) for text in make_texts(200))
     assert statistics.predicted_tokens == statistics.tokens - 200
-    with pytest.raises(ConfigError, match="block_size=1 is too small"):
+    with pytest.raises(ConfigError, match="block_size=1 must be"):
         load_evaluation_data(make(), prepared.tokenizer, 1)
 
 

@@ -223,7 +223,7 @@ def test_the_head_takes_its_own_rate(root):
     [
         ({"method": "lor2cc"}, "the nearest is lor2c"),
         ({"method": "lora", "max_fuses": 2}, "max_fuses is for mergelor2c and imlor2c"),
-        ({"r": 0}, "r=0 must be at least 1"),
+        ({"r": 0}, "r=0 must be a whole number of at least 1"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"method": "mergelor2c", "max_fuses": "many"}, "max_fuses='many' must be auto"),
         ({"method": "mergelor2c", "parameter_budget": 99}, "parameter_budget: only for max_fuses=auto"),

@@ -156,12 +156,12 @@ def test_a_name_stays_below_the_runs_folder(name):
     [
         (["--max_documents", "#1"], "max_documents='#1' is not a whole number or null"),
         (["--max_steps", "no"], "max_steps=False is not a whole number"),
-        (["--tokenizer", ""], "tokenizer is empty"),
-        (["--text_column="], "text_column is empty"),
+        (["--tokenizer", ""], "tokenizer='' must be a text that is not empty"),
+        (["--text_column="], "text_column='' must be a text that is not empty"),
         (["--split", "foo"], "split='foo' is for hub datasets, not data='python-library'; leave it out"),
         (["--validation_split", "foo"], "validation_split='foo' is for hub datasets, not validation_data=None"),
-        (["--data.seed", "-1"], "seed=-1 is too small"),
-        (["--block_size", "99999999999"], "block_size=99999999999 is too large; give at most 16777216"),
+        (["--data.seed", "-1"], "seed=-1 must be a whole number of at least 0"),
+        (["--block_size", "99999999999"], "block_size=99999999999 must be a whole number from 2 to 16777216"),
     ],
 )
 def test_values_that_make_no_sense_after_an_option(options, message):
@@ -182,7 +182,7 @@ def test_values_that_make_no_sense_after_an_option(options, message):
         ({"data": {"skip_bad": "yes please"}}, {}, "data.skip_bad='yes please' is not true or false"),
         ({"training": {"output_dir": "x"}}, {}, "training.output_dir is set by --output_dir of the command"),
         ({"model": 3}, {}, "section 'model' is not a mapping"),
-        ({"parameter_groups": {"beta_lr_factor": -1.0}}, {}, "beta_lr_factor=-1.0 is not a learning-rate factor"),
+        ({"parameter_groups": {"beta_lr_factor": -1.0}}, {}, "beta_lr_factor=-1.0 must be a number of at least 0"),
     ],
 )
 def test_refusals(content, overrides, message):

@@ -12,7 +12,7 @@ ROOT = Path(importlib.util.find_spec("crosslayer").origin).parent
 LEVELS = [{"crnet", "lor2c"}, {"accounting", "analysis"}, {"data", "train", "evaluate"}, {"cli"}]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 # Anyone may use these; they use nobody.
-COMMON = {"errors"}
+COMMON = {"errors", "ranges"}
 
 
 def modules():

@@ -148,8 +148,8 @@ def test_bad_sources(tmp_path):
         ({"task": "sst"}, "task='sst' is none of .*; the nearest is sst2"),
         ({}, "give a GLUE task"),
         ({"task": "regression"}, "give a GLUE task"),
-        ({"task": "rte", "max_length": 1}, "max_length=1 is too small"),
-        ({"data": "x", "validation_fraction": 1.0}, r"outside \(0, 1\)"),
+        ({"task": "rte", "max_length": 1}, "max_length=1 must be a whole number from 2 to"),
+        ({"data": "x", "validation_fraction": 1.0}, r"in \(0, 1\)"),
     ],
 )
 def test_bad_settings(settings, message):

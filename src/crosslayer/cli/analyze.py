@@ -95,7 +95,6 @@ def analyze(
             bool(rank_budget or rank_multiple) and not suggest_ranks,
             "rank_budget and rank_multiple need --suggest-ranks",
         ),
-        (rank_multiple is not None and rank_multiple < 1, f"rank_multiple={rank_multiple}; give at least 1"),
     ):
         if is_wrong:
             raise ConfigError(message)
@@ -112,6 +111,7 @@ def analyze(
     from ..analysis.ranks import suggest_ranks as suggest
     from ..analysis.spectra import measure_spectra
     from ..data import DataConfig
+    from ..data.fit import block_length
     from .evaluate import choose_device
 
     place = choose_device(device)
@@ -123,7 +123,7 @@ def analyze(
         body = load_body(each, untrained=untrained, seed=seed, dtype=dtype)
         if not batches:
             text_tokenizer = load_text_tokenizer(tokenizer or each)
-            size = block_size or default_block_size(body, text_tokenizer)
+            size = block_length(block_size, text_tokenizer, body, 512)
             batches = read_batches(source, text_tokenizer, body, max_tokens, size, batch_size)
         with progress(each, hidden=as_json) as on_batch:
             spectra.append(
@@ -203,11 +203,6 @@ def read_batches(source, tokenizer, model, max_tokens: int, block_size: int, bat
     if largest >= vocabulary:
         raise ConfigError(f"the tokenizer yields id {largest}, the model knows {vocabulary}; give its own tokenizer")
     return batches
-
-
-def default_block_size(model, tokenizer) -> int:
-    """What the model was made for, at most 512: longer pieces change little and cost attention."""
-    return min(int(tokenizer.model_max_length), getattr(model.config, "max_position_embeddings", None) or 512, 512)
 
 
 def parse_size(text: str | None, name: str) -> int | None:

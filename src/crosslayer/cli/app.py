@@ -12,6 +12,7 @@ import typer
 
 from ..errors import CrossLayerError, TrainingError
 from . import analyze, bench, compare, evaluate, finetune, generate, plan, pretrain
+from .ranges import checked
 
 app = typer.Typer(
     name="crosslayer",
@@ -24,13 +25,13 @@ app = typer.Typer(
 # What the parser raises for wrong options and verbs; typer exports it only as the base of this one.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command(context_settings=ANY_FIELD)(pretrain.pretrain)
-app.command(context_settings=ANY_FIELD)(finetune.finetune)
-app.command(context_settings=ANY_FIELD)(compare.compare)
-app.command()(evaluate.evaluate)
-app.command()(generate.generate)
-app.command()(plan.plan)
-app.command()(analyze.analyze)
+app.command(context_settings=ANY_FIELD)(checked(pretrain.pretrain))
+app.command(context_settings=ANY_FIELD)(checked(finetune.finetune))
+app.command(context_settings=ANY_FIELD)(checked(compare.compare))
+app.command()(checked(evaluate.evaluate))
+app.command()(checked(generate.generate))
+app.command()(checked(plan.plan))
+app.command()(checked(analyze.analyze))
 app.add_typer(bench.bench, name="bench")
 
 

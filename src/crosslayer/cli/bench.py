@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .ranges import checked
+
 if TYPE_CHECKING:
     from ..evaluate.contenders import Contenders
 
@@ -35,6 +37,7 @@ none), crnet_invert, crnet_replay, crnet_reversible, plain_low_rank."""
 
 
 @bench.command(epilog=METHODS_HELP)
+@checked
 def memory(
     methods: Methods = None,
     vocab_size: VocabSize = 1024,
@@ -55,6 +58,7 @@ def memory(
     Everything is counted, not timed: a laptop gives the same bytes as a server.
     """
     from ..errors import ConfigError
+    from ..ranges import SIZE
     from .common import print_json, quiet_libraries
 
     try:
@@ -65,7 +69,8 @@ def memory(
         raise ConfigError(
             f"layers={layers!r}; give two different depths such as 4,16: growth is the slope between them"
         )
-    _check_sizes(layers=depths[0], batch_size=batch_size, sequence=sequence)
+    if not all(SIZE.holds(depth) for depth in depths):
+        raise ConfigError(f"layers={layers!r}; each must be {SIZE.words}")
     quiet_libraries()
     from ..evaluate.memory import memory_rows, saved_by_depth
     from ..evaluate.speed import measure_memory
@@ -85,6 +90,7 @@ def memory(
 
 
 @bench.command(epilog=METHODS_HELP)
+@checked
 def speed(
     methods: Methods = None,
     vocab_size: VocabSize = 1024,
@@ -113,22 +119,9 @@ def speed(
     Contenders take turns in one process; medians, with the 20th and 80th percentile in the JSON. Ratios are to
     transformers' Llama of the same shape.
     """
-    from ..errors import ConfigError
     from .common import print_json, quiet_libraries
 
-    chosen = parts.split(",")
-    if not set(chosen) <= {"training", "generation", "memory"}:
-        raise ConfigError(f"parts={parts!r}; choose from training, generation, memory, comma-separated")
-    _check_sizes(
-        batch_size=batch_size,
-        sequence=sequence,
-        turns=turns,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        decode_batch=decode_batch,
-    )
-    if warm_up < 0:
-        raise ConfigError(f"warm_up={warm_up}; give 0 or more")
+    chosen = [part.strip() for part in parts.split(",")]
     quiet_libraries()
     from ..evaluate.speed import measure_generation, measure_memory, measure_training
 
@@ -152,16 +145,7 @@ def speed(
     _print_speed(contenders.methods, result)
 
 
-def _check_sizes(**sizes: int) -> None:
-    from ..errors import ConfigError
-
-    for name, value in sizes.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value}; give at least 1")
-
-
 def _shape(vocabulary, hidden, intermediate, layers, heads, rank, sequence) -> dict[str, Any]:
-    _check_sizes(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers)
     shape = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,

@@ -48,11 +48,8 @@ def evaluate(
     Perplexity is exp of the mean negative log-likelihood over every token, documents kept apart, context at most one
     block. Bits per byte does not depend on the vocabulary.
     """
-    from ..errors import ConfigError
     from .common import load_checkpoint, print_json, quiet_libraries
 
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}; give at least 1")
     quiet_libraries()
     from torch.utils.data import DataLoader
     from tqdm import tqdm
@@ -105,9 +102,9 @@ def choose_device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(
-            f"device={device!r} is not available here; allowed: cpu, or cuda where there is one"
-        ) from None
+        is_there = torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, ValueError, OverflowError):
+        is_there = False
+    if not is_there:
+        raise ConfigError(f"device={device!r} is not available here; allowed: cpu, or cuda where there is one")
     return device

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..ranges import COUNT, COUNT_OR_0, LENGTH, NAME, PART, SIZE, out_of_range
 from .tokenizer import MINIMUM_VOCABULARY, vocabulary_too_small
 
 PYTHON_LIBRARY = "python-library"
@@ -13,6 +14,17 @@ HUB_PREFIX = "hf:"
 DEFAULT_STREAMING_VALIDATION_DOCUMENTS = 512
 DEFAULT_STREAMING_TOKENIZER_DOCUMENTS = 10_000
 _HUB_SOURCE = re.compile(r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?")
+
+
+RANGES = {
+    **dict.fromkeys(("max_documents", "max_validation_documents", "max_tokenizer_documents"), COUNT),
+    **dict.fromkeys(("shuffle_buffer", "seed"), COUNT_OR_0),
+    **dict.fromkeys(("split", "text_column", "validation_split", "tokenizer", "cache_dir"), NAME),
+    "validation_fraction": PART,
+    "tokenizer_vocab_size": SIZE,
+    "block_size": LENGTH,
+}
+"""Field of `DataConfig` -> what it may be; a source has a form of its own."""
 
 
 @dataclass(kw_only=True)
@@ -88,30 +100,18 @@ class DataConfig:
 
     def _problems(self) -> list[str | None]:
         return [
+            *out_of_range(vars(self), RANGES),
             source_problem("data", self.data),
             source_problem("validation_data", self.validation_data),
-            self._fraction_problem(),
             self._vocabulary_problem(),
             self._streaming_problem(),
             self._split_problem("split", "data", self.data),
             self._split_problem("validation_split", "validation_data", self.validation_data),
-            range_problem("block_size", self.block_size, 2, MOST_TOKENS),
-            range_problem("shuffle_buffer", self.shuffle_buffer, 0),
-            range_problem("seed", self.seed, 0),
-            *(range_problem(name, getattr(self, name), 1) for name in _COUNTS),
-            *(empty_problem(name, getattr(self, name)) for name in _TEXTS),
         ]
 
-    def _fraction_problem(self) -> str | None:
-        if 0.0 < self.validation_fraction < 1.0:
-            return None
-        return f"validation_fraction={self.validation_fraction} is outside (0, 1); give a share such as 0.02"
-
     def _vocabulary_problem(self) -> str | None:
-        if self.tokenizer is not None:
+        if self.tokenizer is not None or self.tokenizer_vocab_size >= MINIMUM_VOCABULARY:
             return None
-        if self.tokenizer_vocab_size >= MINIMUM_VOCABULARY:
-            return range_problem("tokenizer_vocab_size", self.tokenizer_vocab_size, 0, MOST_TOKENS)
         return vocabulary_too_small(self.tokenizer_vocab_size)
 
     def _streaming_problem(self) -> str | None:
@@ -125,14 +125,6 @@ class DataConfig:
         if value == default or (source is not None and is_hub(source)):
             return None
         return f"{name}={value!r} is for hub datasets, not {field}={source!r}; leave it out"
-
-
-MOST_TOKENS = 2**24
-"""Largest block and vocabulary: far above what is in use, and what fits the memory of a machine."""
-
-_LARGEST = 2**63 - 1
-_COUNTS = ("max_documents", "max_validation_documents", "max_tokenizer_documents")
-_TEXTS = ("text_column", "tokenizer", "cache_dir")
 
 
 def is_hub(source: str) -> bool:
@@ -169,17 +161,3 @@ def source_problem(field: str, source: str | None) -> str | None:
     if is_hub(source) and _HUB_SOURCE.fullmatch(source) is None:
         return f"{field}={source!r} is not a hub dataset; write hf:owner/name or hf:owner/name:config"
     return None
-
-
-def range_problem(field: str, value: int | None, least: int, most: int = _LARGEST) -> str | None:
-    """The complaint about a number outside least..most; None stands for a default."""
-    if value is None or least <= value <= most:
-        return None
-    return f"{field}={value} is too {'small; give at least' if value < least else 'large; give at most'} " + str(
-        least if value < least else most
-    )
-
-
-def empty_problem(field: str, value: str | None) -> str | None:
-    """The complaint about a text without characters; None stands for a default."""
-    return f"{field} is empty; give a value or leave it out" if value == "" else None

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, DataError
-from .config import MOST_TOKENS, cache_root, empty_problem, is_hub, local_path, range_problem, source_problem
+from ..ranges import COUNT, COUNT_OR_0, LENGTH, NAME, PART, out_of_range, whole
+from .config import cache_root, is_hub, local_path, source_problem
 from .fit import DEFAULT_MAX_LENGTH
 from .instructions import INSTRUCTION_COLUMNS, instruction_form, to_prompts
 from .rows import Rows, has_split, load_rows, looks_like_number, require_columns
@@ -31,8 +32,7 @@ Kind = Literal["classification", "regression", "instruction"]
 KINDS: tuple[Kind, ...] = ("classification", "regression", "instruction")
 GLUE_HUB = "hf:nyu-mll/glue"
 MOST_CLASSES = 2**16
-_MANY = 2**63 - 1
-_OTHER_TEXTS = ("label_column", "cache_dir")
+_NAMES = ("train_split", "validation_split", "text_column", "text_pair_column", "label_column", "cache_dir")
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +61,17 @@ GLUE = {
     "rte": GlueTask(_PAIR, _ENTAILMENT, ("accuracy",)),
     "wnli": GlueTask(_PAIR, ("not_entailment", "entailment"), ("accuracy",)),
 }
+
+
+RANGES = {
+    **dict.fromkeys(("max_train_rows", "max_validation_rows"), COUNT),
+    **dict.fromkeys(_NAMES, NAME),
+    "seed": COUNT_OR_0,
+    "validation_fraction": PART,
+    "max_length": LENGTH,
+    "num_labels": whole(2, MOST_CLASSES, f"a whole number from 2 to {MOST_CLASSES}"),
+}
+"""Field of `TaskConfig` -> what it may be; a task and a source have forms of their own."""
 
 
 @dataclass(kw_only=True)
@@ -124,18 +135,7 @@ class TaskConfig:
             problems.append(f"task={self.task!r} is none of {', '.join([*GLUE, *KINDS])}{hint}")
         elif self.data is None and self.task not in GLUE:
             problems.append("give a GLUE task (task=sst2), or your own data (data=FILE)")
-        if not 0 < self.validation_fraction < 1:
-            problems.append(f"validation_fraction={self.validation_fraction} is outside (0, 1)")
-        ranges = (
-            ("max_length", 2, MOST_TOKENS),
-            ("num_labels", 2, MOST_CLASSES),
-            ("max_train_rows", 1, _MANY),
-            ("max_validation_rows", 1, _MANY),
-            ("seed", 0, _MANY),
-        )
-        problems += filter(None, (range_problem(name, getattr(self, name), *range_) for name, *range_ in ranges))
-        texts = ("train_split", "validation_split", "text_column", "text_pair_column")
-        problems += filter(None, (empty_problem(name, getattr(self, name)) for name in (*texts, *_OTHER_TEXTS)))
+        problems += out_of_range(vars(self), RANGES)
         for name in ("data", "validation_data"):
             problems += filter(None, [source_problem(name, getattr(self, name))])
         if problems:

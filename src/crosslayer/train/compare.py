@@ -31,6 +31,7 @@ from transformers import TrainerCallback, default_data_collator
 from ..accounting import count_parameters, estimate_memory, training_flops_per_token
 from ..data import DataStatistics, prepare_data
 from ..errors import ConfigError, TrainingError
+from ..ranges import COUNT, COUNT_OR_0, out_of_range
 from .memory import training_method, training_step
 from .progress import LogLines
 from .recipe import Recipe, build_recipe
@@ -91,6 +92,13 @@ CONTENDERS = {
 DEFAULT_METHODS = ("dense", "crnet", "cola", "low_rank")
 
 
+RANGES = {
+    **dict.fromkeys(("seeds", "tuning_steps", "validation_blocks", "workers"), COUNT),
+    "tuning_runs": COUNT_OR_0,
+}
+"""Field of `Options` -> what it may be."""
+
+
 @dataclass(kw_only=True)
 class Options:
     """How a comparison is made. Raises ConfigError, naming every field that is wrong."""
@@ -122,12 +130,7 @@ class Options:
                 problems.append(f"method {name!r} is none of {', '.join(CONTENDERS)}{hint}")
         if not self.methods:
             problems.append(f"methods is empty; choose from {', '.join(CONTENDERS)}")
-        for name, least in (("seeds", 1), ("tuning_runs", 0), ("validation_blocks", 1)):
-            if getattr(self, name) < least:
-                problems.append(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in ("tuning_steps", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        problems += out_of_range(vars(self), RANGES)
         if problems:
             raise ConfigError("; ".join(problems))
         for name in self.methods:

@@ -283,7 +283,7 @@ def build_arguments(recipe: FinetuneRecipe, task: Task, output_dir: Path) -> Tra
         settings.setdefault("save_steps", settings["eval_steps"])
     keeps_best = settings["eval_strategy"] != "no" and settings["save_strategy"] != "no"
     settings.setdefault("load_best_model_at_end", keeps_best)
-    settings.setdefault("metric_for_best_model", task.metrics[0])
+    settings["metric_for_best_model"] = settings.get("metric_for_best_model") or task.metrics[0]
     settings.setdefault("greater_is_better", settings["metric_for_best_model"].removeprefix("eval_") != "loss")
     if task.kind == "instruction":
         from .instruct import instruction_arguments

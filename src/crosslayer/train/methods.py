@@ -25,10 +25,33 @@ from torch import nn
 from transformers import TrainerControl, TrainerState
 
 from ..errors import ConfigError
+from ..ranges import ABOVE_0, AT_LEAST_0, COUNT, COUNT_OR_0, LENGTH, SHARE, Range, one_of, or_auto, out_of_range
 
 METHODS = ("lor2c", "sharelor2c", "mergelor2c", "injectlor2c", "imlor2c", "lora", "full", "head")
 FUSING, INJECTING = ("mergelor2c", "imlor2c"), ("injectlor2c", "imlor2c")
+_OF_CHANGES = ("interval", "interval_unit", "criterion", "survivor", "max_span")
 AUTO_SETTINGS = ("parameter_budget", "validation_budget", "auto_threshold")
+RANGES = {
+    "r": COUNT,
+    "alpha": ABOVE_0,
+    "dropout": SHARE,
+    "target_modules": Range(
+        "names of modules, or a regular expression", lambda value: bool(value) and all(map(bool, value))
+    ),
+    "max_fuses": or_auto(COUNT_OR_0),
+    "max_injections": or_auto(COUNT_OR_0),
+    "interval": COUNT,
+    "interval_unit": one_of(("epochs", "steps")),
+    "criterion": one_of(("sfs", "official", "mean_singular_value", "stable_rank", "alignment")),
+    "survivor": one_of(("first", "higher_score")),
+    "max_span": LENGTH,
+    "parameter_budget": COUNT_OR_0,
+    "validation_budget": AT_LEAST_0,
+    "auto_threshold": SHARE,
+    "head_lr_factor": ABOVE_0,
+}
+"""Field of `AdapterConfig` -> what it may be; `method` is looked up in `METHODS`."""
+
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "instruction": "CAUSAL_LM"}
 
 
@@ -91,20 +114,19 @@ class AdapterConfig:
             near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.4)
             hint = f"; the nearest is {near[0]}" if near else ""
             problems.append(f"method={self.method!r} is none of {', '.join(METHODS)}{hint}")
-        if self.r < 1:
-            problems.append(f"r={self.r} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout={self.dropout} must lie in [0, 1)")
-        if self.head_lr_factor <= 0:
-            problems.append(f"head_lr_factor={self.head_lr_factor} must be above 0")
+        problems += out_of_range(vars(self), RANGES)
         for name, methods in (("max_fuses", FUSING), ("max_injections", INJECTING)):
             count = getattr(self, name)
             if count is None or self.method not in METHODS:
                 continue
             if self.method not in methods:
                 problems.append(f"{name} is for {' and '.join(methods)}, not for method={self.method!r}")
-            elif count != "auto" and (not isinstance(count, int) or count < 0):
-                problems.append(f"{name}={count!r} must be auto, or a number of at least 0")
+        if self.method in METHODS and self.method not in (*FUSING, *INJECTING):
+            idle = [
+                name for name in _OF_CHANGES if getattr(self, name) != type(self).__dataclass_fields__[name].default
+            ]
+            if idle:
+                problems.append(f"{', '.join(idle)}: only for methods that change, not for method={self.method!r}")
         budgets = [name for name in AUTO_SETTINGS if getattr(self, name) is not None]
         if budgets and "auto" not in (self.max_fuses, self.max_injections):
             problems.append(f"{', '.join(budgets)}: only for max_fuses=auto or max_injections=auto")

@@ -8,6 +8,7 @@ from torch import nn
 from ..crnet import LowRankExperts, LowRankLinear
 from ..crnet.functions import CarriedLayerNorm, CarriedRMSNorm
 from ..errors import ConfigError
+from ..ranges import AT_LEAST_0, out_of_range
 
 
 @dataclass(kw_only=True)
@@ -33,10 +34,9 @@ class ParameterGroups:
     """beta."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{field.name}={value!r} is not a learning-rate factor; give a number of at least 0.")
+        problems = list(out_of_range(vars(self), {field.name: AT_LEAST_0 for field in fields(self)}))
+        if problems:
+            raise ConfigError("; ".join(problems))
 
 
 def group_names(model: nn.Module) -> dict[str, str]:

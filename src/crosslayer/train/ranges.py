@@ -1,44 +1,31 @@
 """Which values make sense: one table for the fields of TrainingArguments, one for those of the model.
 
-Types are the recipe's own business (recipe.py); here is what a value of the right type may be, and which settings would
+Types are the recipe's own business (recipe.py), and the sections that are dataclasses of ours bring their own tables;
+here is what a value of the right type may be, and which settings would
 change a loss or a result in another way than they say. Fields outside the tables take what their owner takes.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+from ..ranges import (
+    ABOVE_0,
+    AT_LEAST_0,
+    COUNT,
+    COUNT_OR_0,
+    SEED,
+    SHARE,
+    SIZE,
+    Range,
+    one_of,
+    only,
+    where,
+    whole,
+)
 
-@dataclass(frozen=True)
-class Range:
-    """What a field may be."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _where(words: str, holds: Callable[[Any], bool]) -> Range:
-    return Range(words, lambda value: _is_number(value) and holds(value))
-
-
-ABOVE_0 = _where("a number above 0", lambda x: x > 0)
-AT_LEAST_0 = _where("a number of at least 0", lambda x: x >= 0)
-COUNT = _where("a whole number of at least 1", lambda x: x >= 1 and x == int(x))
-COUNT_OR_0 = _where("a whole number of at least 0", lambda x: x >= 0 and x == int(x))
-SHARE = _where("a number in [0, 1)", lambda x: 0 <= x < 1)
-SEED = _where("a whole number in [0, 2^32)", lambda x: 0 <= x < 2**32 and x == int(x))
-INTERVAL = _where("a whole number of at least 1, or a share in (0, 1)", lambda x: 0 < x < 1 or x == int(x) >= 1)
-STEPS = _where("a whole number of at least 1, or -1 for num_train_epochs", lambda x: x == -1 or x == int(x) >= 1)
-WARMUP = _where("a whole number of steps, or a share in [0, 1)", lambda x: 0 <= x < 1 or x == int(x) >= 1)
-
-
-def _only(allowed: Any, why: str) -> Range:
-    return Range(f"{allowed!r} ({why})", lambda value: value == allowed)
+INTERVAL = where("a whole number of at least 1, or a share in (0, 1)", lambda x: 0 < x < 1 or x == int(x) >= 1)
+STEPS = where("a whole number of at least 1, or -1 for num_train_epochs", lambda x: x == -1 or x == int(x) >= 1)
+WARMUP = where("a whole number of steps, or a share in [0, 1)", lambda x: 0 <= x < 1 or x == int(x) >= 1)
 
 
 def _no_split_batches(config: Any) -> bool:
@@ -69,15 +56,15 @@ TRAINING = {
     "max_steps": STEPS,
     "warmup_steps": WARMUP,
     # Settings that other Trainers take, and that would give something else here than they promise.
-    "label_names": _only(["labels"], "the labels of every kind of data here"),
-    "average_tokens_across_devices": _only(True, "a step's loss is the mean over all of its rows"),
-    "bf16_full_eval": _only(False, "it would round the weights that are saved"),
-    "fp16_full_eval": _only(False, "it would round the weights that are saved"),
-    "prediction_loss_only": _only(False, "metrics need predictions"),
-    "batch_eval_metrics": _only(False, "metrics are of the whole split"),
-    "eval_do_concat_batches": _only(True, "metrics are of the whole split"),
-    "use_liger_kernel": _only(False, "its kernels take the loss another way; it knows no CR-Net"),
-    "auto_find_batch_size": _only(False, "another batch than the recipe's gives another run"),
+    "label_names": only(["labels"], "the labels of every kind of data here"),
+    "average_tokens_across_devices": only(True, "a step's loss is the mean over all of its rows"),
+    "bf16_full_eval": only(False, "it would round the weights that are saved"),
+    "fp16_full_eval": only(False, "it would round the weights that are saved"),
+    "prediction_loss_only": only(False, "metrics need predictions"),
+    "batch_eval_metrics": only(False, "metrics are of the whole split"),
+    "eval_do_concat_batches": only(True, "metrics are of the whole split"),
+    "use_liger_kernel": only(False, "its kernels take the loss another way; it knows no CR-Net"),
+    "auto_find_batch_size": only(False, "another batch than the recipe's gives another run"),
     "accelerator_config": Range(
         "without split_batches, with even_batches (batches are of a process)", _no_split_batches
     ),
@@ -96,32 +83,27 @@ MODEL = {
             "vocab_size",
             "hidden_size",
             "intermediate_size",
-            "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
             "head_dim",
             "max_position_embeddings",
         ),
-        COUNT,
+        SIZE,
     ),
     **dict.fromkeys(("initializer_range", "rms_norm_eps", "beta_epsilon"), ABOVE_0),
+    "num_hidden_layers": whole(1, 2**14, "a whole number from 1 to 16384"),
     "attention_dropout": SHARE,
+    "base": Range("a name, a folder or the fields of a configuration", lambda value: isinstance(value, str | Mapping)),
+    "dtype": one_of(("float32", "bfloat16", "float16", "float64")),
+    **dict.fromkeys(("attribute_map", "id2label", "label2id"), Range("a mapping", lambda v: isinstance(v, Mapping))),
 }
 """Field of CRNetConfig -> what it may be; ranks and policies are checked by the configuration itself."""
-
-
-def out_of_range(values: Mapping[str, Any], ranges: Mapping[str, Range], section: str) -> Iterator[str]:
-    """A problem in words for each value outside its range."""
-    for name, value in values.items():
-        allowed = ranges.get(name)
-        if value is not None and allowed is not None and not allowed.holds(value):
-            yield f"{section}.{name}={value!r} must be {allowed.words}"
 
 
 def warmup_problem(training: Mapping[str, Any]) -> list[str]:
     """Whether a run would end before its rate has reached `learning_rate`."""
     warmup: Any = training.get("warmup_steps")
     steps: Any = training.get("max_steps")
-    if not _is_number(warmup) or not _is_number(steps) or steps < 1 or warmup <= steps:
+    if not WARMUP.holds(warmup) or not COUNT.holds(steps) or warmup <= steps:
         return []
     return [f"training.warmup_steps={warmup:g} is beyond the run's {steps:g} steps; lower it, or give a share"]

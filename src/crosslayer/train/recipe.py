@@ -30,9 +30,10 @@ import yaml
 
 from ..data import DataConfig, TaskConfig
 from ..errors import ConfigError
+from ..ranges import out_of_range
 from .methods import AdapterConfig
 from .parameter_groups import ParameterGroups
-from .ranges import MODEL, PRETRAINING, TRAINING, out_of_range, warmup_problem
+from .ranges import MODEL, PRETRAINING, TRAINING, warmup_problem
 from .values import convert, describe, load_yaml, plain
 
 Content = Mapping[str, Any]

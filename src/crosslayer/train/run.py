@@ -24,7 +24,7 @@ from ..data import DataStatistics, PreparedData, document_end_id, document_start
 from ..data.files import printable
 from ..data.fit import check_special_tokens, ids_needed
 from ..data.tokenizer import tokenizer_fingerprint
-from ..errors import CheckpointError, ConfigError, TrainingError
+from ..errors import CheckpointError, ConfigError, CrossLayerError, TrainingError
 from .memory import choose_recompute, training_method, training_step
 from .recipe import Recipe, load_recipe
 from .report import RunReport, write_card, write_report
@@ -124,6 +124,10 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
         lines = [line.strip() for line in str(error).splitlines()]
         reason = " ".join(lines[1:]) or lines[0]
         raise ConfigError(reason.removeprefix("ValueError: ").removeprefix("TypeError: ")) from None
+    except CrossLayerError:
+        raise
+    except Exception as error:  # configurations of transformers fail in as many ways as there are wrong values
+        raise ConfigError(f"model: {' '.join(str(error).split()) or type(error).__name__}") from error
     if tokenizer is not None:
         check_special_tokens(tokenizer, config, "model")
     return config

@@ -34,8 +34,8 @@ def training_arguments(kind: type[TrainingArguments], settings: dict[str, Any], 
         settings.setdefault("dataloader_pin_memory", False)
     try:
         arguments = kind(output_dir=str(output_dir), logging_nan_inf_filter=False, **settings)
-    except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise ConfigError(f"training: {' '.join(str(error).split())}") from None
+    except Exception as error:  # TrainingArguments and the libraries behind it fail in as many ways as there are values
+        raise ConfigError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
     _check_intervals(arguments)
     return arguments
 
