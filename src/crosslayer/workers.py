@@ -12,7 +12,8 @@ from multiprocessing.connection import wait
 @contextmanager
 def without_interrupts() -> Iterator[None]:
     """Processes started in here never see Ctrl-C, which a terminal sends to all of them; it reaches this one
-    afterwards."""
+    afterwards. Pools belong in here too: they start a process that tidies up, and complains when this one is ended."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     if not hasattr(signal, "pthread_sigmask"):  # not on Windows
         yield
         return

@@ -57,6 +57,8 @@ def run() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False, prog_name=NAME)
+        if interrupt.was_interrupted():  # typer makes an exit code of it
+            interrupt.end()
         sys.exit(code if isinstance(code, int) else 0)
     except USAGE_ERROR as error:
         fail(error.format_message(), 2, error)  # type: ignore[attr-defined]

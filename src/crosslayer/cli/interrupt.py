@@ -5,10 +5,9 @@ into a library, threads or processes that somebody waits for) is ended by a thre
 nothing heavy: it is at work before the rest of the command line is loaded.
 """
 
+import atexit
 import contextlib
-import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -59,7 +58,25 @@ def goes_on(folder: str | Path, *, resume: bool) -> None:
 def end(message: str = "interrupted") -> None:
     """Say the line, with the command that goes on, and exit with 1."""
     say(message)
+    if _interrupted.is_set():
+        _leave()
     sys.exit(1)
+
+
+def _leave() -> None:
+    """End this process and those that work for it: what is registered for the exit is done, but nobody is waited for,
+    and no library taken down piece by piece."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises where a loader's worker ends early
+    for name in ("multiprocessing", "multiprocess"):
+        if name in sys.modules:
+            for child in sys.modules[name].active_children():
+                child.kill()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(1)
 
 
 def say(message: str = "interrupted") -> None:
@@ -84,6 +101,8 @@ def command_to_go_on() -> str | None:
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
     if "RANK" in os.environ:  # a launcher stands before it
         return "the same with --resume"
+    import shlex
+
     return shlex.join(["crosslayer", *arguments, "--resume"])
 
 
@@ -108,12 +127,9 @@ def _end_in_time(reader: int) -> None:
     while signal.SIGINT not in os.read(reader, 64):
         pass
     time.sleep(PATIENCE_S)
-    with contextlib.suppress(Exception):
-        say()
-    with contextlib.suppress(Exception):
-        for child in multiprocessing.active_children():
-            child.kill()
-    os._exit(1)
+    threading.Thread(target=say, daemon=True).start()  # standard error may be stuck
+    time.sleep(0.1)
+    os._exit(1)  # workers see that it is gone (workers.py), and so do those of torch's loaders
 
 
 def _in_child() -> None:

@@ -1,12 +1,14 @@
 """How far a verb has come: a bar on a terminal, plain lines in a file or a pipe."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LINES = 10
-"""Lines of one progress whose end is known; 100 batches a line where it is not."""
+TENTHS = 10
+SILENCE_S = 10.0
+"""In a file there is a line for every tenth of the way, and after so many seconds without one."""
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def progress(what: str, *, hidden: bool = False) -> Iterator[Callable[[int, int 
 
             yield show
     else:
-        yield lambda done, total: _line(what, done, total)
+        yield _Lines(what)
 
 
 def counted(batches: Iterable[Any], what: str, *, hidden: bool = False) -> Iterator[Any]:
@@ -37,12 +39,18 @@ def counted(batches: Iterable[Any], what: str, *, hidden: bool = False) -> Itera
             on_batch(done, total)
 
 
-def _line(what: str, done: int, total: int | None) -> None:
-    if total is None:
-        if done % 100 == 0:
-            print(f"crosslayer: {what}: {done:,} batches", file=sys.stderr, flush=True)
-    elif done == total or done * LINES // total > (done - 1) * LINES // total:
-        print(f"crosslayer: {what}: {done:,} of {total:,} batches", file=sys.stderr, flush=True)
+class _Lines:
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.last_at = time.monotonic()
+        self.last_done = 0
+
+    def __call__(self, done: int, total: int | None) -> None:
+        is_tenth = total is not None and done * TENTHS // total > self.last_done * TENTHS // total
+        if is_tenth or time.monotonic() - self.last_at > SILENCE_S:
+            of = "" if total is None else f" of {total:,}"
+            print(f"crosslayer: {self.what}: {done:,}{of} batches", file=sys.stderr, flush=True)
+            self.last_at, self.last_done = time.monotonic(), done
 
 
 __all__ = ["counted", "progress"]

@@ -500,7 +500,8 @@ class _Pool:
         self.executor = None
         self.others = set(active_children())
         if workers > 1:
-            self.executor = ProcessPoolExecutor(workers, get_context("spawn"), initialize_worker, (initializer,))
+            with without_interrupts():
+                self.executor = ProcessPoolExecutor(workers, get_context("spawn"), initialize_worker, (initializer,))
 
     def submit(self, function: Callable, *arguments: Any) -> Any:
         if self.executor is not None:
