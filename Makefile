@@ -17,7 +17,7 @@ ARGS ?= $(if $(wildcard $(RUN)/run.json),--resume)
 
 pretrain: $(READY)
 	@echo "== Pre-training a CR-Net on the Python standard library's own text (a few minutes on two CPU cores)"
-	@$(BIN)/crosslayer pretrain --recipe recipes/crnet_python_library.yaml --output_dir $(RUN) $(ARGS)
+	@$(BIN)/crosslayer pretrain --recipe crnet_python_library --output_dir $(RUN) $(ARGS)
 
 test: $(READY)
 	@echo "== Running all tests"

@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -71,3 +72,13 @@ def libraries_speak():
     yield
     if name in sys.modules:
         sys.modules[name].set_verbosity(before)
+
+
+@pytest.fixture(autouse=True)
+def interrupts_are_pytests():
+    """A command run in this process takes Ctrl-C over for good; the next test has it back."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    if signal.getsignal(signal.SIGINT) is not before:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, before)

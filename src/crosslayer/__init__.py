@@ -5,11 +5,9 @@ which has to answer `--help` at once, puts that off until a verb needs it; publi
 """
 
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-__version__ = metadata.version("crosslayer")
 
 _HOME_OF = {
     "CRNetConfig": "crosslayer.crnet",
@@ -34,8 +32,14 @@ if TYPE_CHECKING:
     )
     from crosslayer.lor2c import LoR2CConfig, LoR2CModel, LoR2CStructureCallback
 
+    __version__: str
+
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata  # takes as long as the rest of this file ten times
+
+        return metadata.version("crosslayer")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'crosslayer' has no attribute {name!r}")
     return getattr(import_module(_HOME_OF[name]), name)

@@ -23,3 +23,7 @@ class CheckpointError(CrossLayerError, RuntimeError):
 
 class TrainingError(CrossLayerError, RuntimeError):
     """A run had to stop: the loss is no longer finite, or its results could not be written."""
+
+
+class RunInterruptedError(TrainingError):
+    """A run was interrupted from the keyboard."""

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -24,9 +23,9 @@ from crosslayer.accounting import (
 )
 from crosslayer.crnet import POSITIONS, CRNetConfig, CRNetForCausalLM
 from crosslayer.errors import ConfigError
+from crosslayer.recipes import FOLDER
 from model_cases import CASES, config_of
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 5, "rank": 16}
 
 # Millions of parameters: dense, CoLA at its own rank, CR-Net at rank h / 4, CR-Net without its factors.
@@ -99,7 +98,7 @@ def test_seventy_billion_equals_its_module():
 
 def test_recipes_have_the_sizes_of_the_table():
     found = set()
-    for path in sorted(RECIPES.glob("*_c4.yaml")):
+    for path in sorted(FOLDER.glob("*_c4.yaml")):
         size = "llama_" + path.stem.split("_")[1]
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
         hidden, mlp, heads, _, layers = SIZES[size]

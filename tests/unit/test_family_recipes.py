@@ -1,6 +1,4 @@
-"""recipes/families: each builds, has the size it says, and published shapes have the published number of parameters."""
-
-from pathlib import Path
+"""Recipes of the families: each builds and has its size, published shapes the published number of parameters."""
 
 import pytest
 import torch
@@ -9,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from crosslayer import crnet_config
 from crosslayer.accounting import Shape, count_parameters
 from crosslayer.crnet.families import FAMILIES, model_classes
+from crosslayer.recipes import FOLDER
 from crosslayer.train import build_recipe, load_recipe
 from crosslayer.train.parameter_groups import group_names
 from crosslayer.train.recipe import read_recipe
@@ -16,8 +15,8 @@ from crosslayer.train.run import pretrain
 from family_cases import FAMILY_CASES
 from tiny_run import tiny_content
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "families"
-SMALL = sorted(FOLDER.glob("*_1m_text.yaml"))
+SHIPPED = FOLDER / "families"
+SMALL = sorted(SHIPPED.glob("*_1m_text.yaml"))
 
 # (dense parameters, with the base's own; CR-Net's, at the recipe's ranks)
 PUBLISHED = {
@@ -47,14 +46,14 @@ def test_small_recipes(path):
 def test_every_family_has_one():
     types = {load_recipe(path).model["base"]["model_type"] for path in SMALL}
     assert types == set(FAMILIES)
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {path.stem for path in SMALL} | PUBLISHED.keys()
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == {path.stem for path in SMALL} | PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     dense, crnet = PUBLISHED[name]
     for factorization, expected in (("dense", dense), ("cross_layer", crnet)):
-        config, model = parts_of(FOLDER / f"{name}.yaml", factorization=factorization)
+        config, model = parts_of(SHIPPED / f"{name}.yaml", factorization=factorization)
         assert model.num_parameters() == expected
         assert sum(count_parameters(Shape.of(config)).values()) == expected
         counted = sum(_parameters_of(config, index) for index in range(config.num_hidden_layers))

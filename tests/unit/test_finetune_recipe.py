@@ -1,16 +1,15 @@
 """Recipes to fine-tune: the shipped ones against the paper's settings, overrides and refusals."""
 
-from pathlib import Path
-
 import pytest
 
 from crosslayer.data.tasks import GLUE, Task
 from crosslayer.errors import ConfigError
+from crosslayer.recipes import FOLDER
 from crosslayer.train import build_finetune_recipe, load_finetune_recipe, load_recipe
 from crosslayer.train.finetune import build_arguments
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "finetune"
-RECIPES = sorted(FOLDER.glob("*.yaml"))
+FINETUNE = FOLDER / "finetune"
+RECIPES = sorted(FINETUNE.glob("*.yaml"))
 
 # Epochs, batch, longest input, learning rate of LoR2C's published GLUE script (arXiv 2503.00572).
 PUBLISHED = {
@@ -46,7 +45,7 @@ def test_shipped_recipe_builds(path, tmp_path):
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_glue_recipes_are_the_papers(task):
-    recipe = load_finetune_recipe(FOLDER / f"lor2c_roberta_base_{task}.yaml")
+    recipe = load_finetune_recipe(FINETUNE / f"lor2c_roberta_base_{task}.yaml")
     training = recipe.training
     found = (
         training["num_train_epochs"],
@@ -61,7 +60,7 @@ def test_glue_recipes_are_the_papers(task):
 
 
 def test_instruction_recipe_is_the_papers():
-    recipe = load_finetune_recipe(FOLDER / "lor2c_llama2_7b_alpaca.yaml")
+    recipe = load_finetune_recipe(FINETUNE / "lor2c_llama2_7b_alpaca.yaml")
     training = recipe.training
     assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 128
     assert (training["learning_rate"], training["num_train_epochs"], training["warmup_steps"]) == (3e-4, 3, 100)
@@ -100,7 +99,7 @@ def test_a_recipe_of_the_other_kind_is_refused():
     with pytest.raises(ConfigError, match="adapter is not a field of a recipe"):
         load_recipe(RECIPES[0])
     with pytest.raises(ConfigError, match="parameter_groups is not a field of a recipe"):
-        load_finetune_recipe(FOLDER.parent / "crnet_python_library.yaml")
+        load_finetune_recipe(FOLDER / "crnet_python_library.yaml")
 
 
 def test_best_model_needs_evaluations_and_checkpoints(tmp_path):

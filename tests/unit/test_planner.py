@@ -4,7 +4,6 @@ import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from crosslayer.accounting.planner import (
 from crosslayer.analysis import OperationCounter
 from crosslayer.crnet import CRNetForCausalLM
 from crosslayer.errors import ConfigError
+from crosslayer.recipes import FOLDER
 from crosslayer.train import build_recipe
 from crosslayer.train.run import build_arguments, build_model_config
 from model_cases import config_of
@@ -154,7 +154,7 @@ def test_recipe_lines_build(tmp_path):
         plan = make_plan("llama_350m", method, **{**ISSUE, "gpu_memory": 12e9}, beside=())
         lines = plan.recommended.recipe
         assert lines["training"]["per_device_train_batch_size"] == plan.recommended.setting.micro_batch
-        base = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "dense_350m_c4.yaml").read_text())
+        base = yaml.safe_load((FOLDER / "dense_350m_c4.yaml").read_text())
         for section, fields in lines.items():
             base[section] = {**base[section], **fields}
         base["training"].pop("fsdp", None)  # wants a launcher
@@ -252,8 +252,9 @@ def test_the_command_prints_a_table_and_json(run, monkeypatch):  # noqa: F811
 
 
 def test_models_from_files(run, tmp_path):  # noqa: F811
-    recipes = Path(__file__).parents[2] / "recipes"
-    from_recipe = json.loads(run("plan", "--model", recipes / "crnet_1b_c4.yaml", "--json").out)
+    from_recipe = json.loads(run("plan", "--model", "crnet_1b_c4", "--json").out)
+    from_path = json.loads(run("plan", "--model", FOLDER / "crnet_1b_c4.yaml", "--json").out)
+    assert from_path["settings"] == from_recipe["settings"]
     assert round(from_recipe["parameters"] / 1e6, 2) == 582.44
     assert from_recipe["rank"] == 448
     CRNetForCausalLM(config_of("cross_layer", **TINY)).config.save_pretrained(tmp_path)

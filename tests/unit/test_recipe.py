@@ -1,7 +1,5 @@
 """Recipes: reading, overriding, and the wording of every refusal; the recipes that are shipped."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
@@ -10,11 +8,12 @@ from crosslayer.accounting import count_parameters
 from crosslayer.cli.common import parse_overrides
 from crosslayer.crnet import CRNetForCausalLM
 from crosslayer.errors import ConfigError
+from crosslayer.recipes import FOLDER
 from crosslayer.train import build_recipe, load_recipe
 from crosslayer.train.run import build_arguments, build_model_config
 from crosslayer.train.values import parse_value
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 # Millions of parameters: the field's table (GaLore's and CoLA's configurations), CR-Net's by its own formula.
 PUBLISHED = {

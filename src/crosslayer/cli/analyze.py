@@ -1,8 +1,6 @@
 """`crosslayer analyze`: cross-layer spectra of a model, ranks for CR-Net, the health of a run."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,6 +82,7 @@ def analyze(
     """
     from ..errors import ConfigError
     from .common import print_json, quiet_libraries
+    from .progress import progress
 
     given = [name for name, value in (("MODEL", model), ("--before", before), ("--after", after)) if value]
     for is_wrong, message in (
@@ -125,7 +124,7 @@ def analyze(
             text_tokenizer = load_text_tokenizer(tokenizer or each)
             size = block_length(block_size, text_tokenizer, body, 512)
             batches = read_batches(source, text_tokenizer, body, max_tokens, size, batch_size)
-        with progress(each, hidden=as_json) as on_batch:
+        with progress(f"analyzing {short_name(each)}", hidden=as_json) as on_batch:
             spectra.append(
                 measure_spectra(
                     body.to(place),
@@ -233,19 +232,6 @@ def short_name(name: str) -> str:
     """The last part of a path or hub name that says something."""
     parts = [part for part in Path(name).parts if part not in ("/", ".", "..")]
     return next((part for part in reversed(parts) if part != "model"), "model") if parts else "model"
-
-
-@contextmanager
-def progress(name: str, *, hidden: bool) -> Iterator[Callable[[int, int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(desc=f"analyzing {short_name(name)}", unit="batch", disable=hidden, leave=False) as bar:
-
-        def on_batch(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield on_batch
 
 
 def show_paths(folder: Path) -> None:

@@ -4,12 +4,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .common import help_without_arguments
 from .ranges import checked
 
 if TYPE_CHECKING:
     from ..evaluate.contenders import Contenders
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure methods at one shape: memory, speed.")
+bench = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
+
+
+@bench.callback()
+def choose(context: typer.Context) -> None:
+    """Measure methods at one shape: memory, speed."""
+    help_without_arguments(context)
+
 
 Methods = Annotated[str | None, typer.Option(help="Comma-separated; see the list below [default: all but the last].")]
 VocabSize = Annotated[int, typer.Option("--vocab_size", "--vocab-size", help="Vocabulary.")]

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -92,6 +94,13 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     return model.eval(), tokenizer
+
+
+def help_without_arguments(context: typer.Context) -> None:
+    """A group of verbs without a verb: its help, and exit code 0."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
 
 
 def print_summary(title: str, rows: list[tuple[str, str]], frame: bool = True) -> None:

@@ -4,10 +4,13 @@ from typing import Annotated
 
 import typer
 
+from . import interrupt
+from .recipes import recipe_option
+
 
 def compare(
     context: typer.Context,
-    recipe: Annotated[str, typer.Option(help="YAML file of a CR-Net; see recipes/.")],
+    recipe: Annotated[str, recipe_option("Of a CR-Net: a name that `crosslayer recipes` lists, or a YAML file.")],
     methods: Annotated[
         str,
         typer.Option(help="Comma-separated: dense, crnet, crnet_silu, cola, low_rank, galore, apollo."),
@@ -65,6 +68,7 @@ def compare(
         workers=workers,
     )
     folder = output_dir or f"runs/compare_{parsed.name}"
+    interrupt.goes_on(folder, resume=resume)
     content = comparing.compare(
         parsed,
         options,

@@ -49,10 +49,10 @@ def evaluate(
     block. Bits per byte does not depend on the vocabulary.
     """
     from .common import load_checkpoint, print_json, quiet_libraries
+    from .progress import counted
 
     quiet_libraries()
     from torch.utils.data import DataLoader
-    from tqdm import tqdm
     from transformers import default_data_collator
 
     from ..data import DataConfig, load_evaluation_data
@@ -75,9 +75,7 @@ def evaluate(
     )
     blocks, statistics = load_evaluation_data(config, tokenizer, part=part)
     batches = DataLoader(blocks, batch_size=batch_size, collate_fn=default_data_collator)
-    result = measure_perplexity(
-        model, tqdm(batches, desc="evaluating", disable=as_json, leave=False), utf8_bytes=statistics.bytes
-    )
+    result = measure_perplexity(model, counted(batches, "evaluating", hidden=as_json), utf8_bytes=statistics.bytes)
     if as_json:
         source = {"checkpoint": checkpoint, "data": data, "part": part, "block_size": block_size}
         print_json({**source, "batch_size": batch_size, "documents": statistics.documents, **result.to_dict()})

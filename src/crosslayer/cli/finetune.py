@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from . import interrupt
+from .recipes import recipe_option
+
 
 def finetune(
     context: typer.Context,
@@ -32,7 +35,9 @@ def finetune(
             "[default: the recipe's, or lor2c]."
         ),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="YAML file; see recipes/ [default: none].")] = None,
+    recipe: Annotated[
+        str | None, recipe_option("A name that `crosslayer recipes` lists, or a YAML file [default: none].")
+    ] = None,
     output_dir: Annotated[
         str | None,
         typer.Option("--output_dir", "--output-dir", help="Folder of the run [default: runs/NAME, or TASK_METHOD]."),
@@ -68,6 +73,7 @@ def finetune(
     else:
         parsed = load_finetune_recipe(recipe, overrides)
     folder = output_dir or f"runs/{parsed.name}"
+    interrupt.goes_on(folder, resume=resume)
     report = training.finetune(
         parsed,
         folder,

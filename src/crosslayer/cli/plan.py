@@ -7,7 +7,10 @@ import typer
 
 def plan(
     model: Annotated[
-        str, typer.Option(help="llama_60m, 130m, 350m, 1b, 3b, 7b, 13b, 70b; a config.json, its folder, or a recipe.")
+        str,
+        typer.Option(
+            help="llama_60m, 130m, 350m, 1b, 3b, 7b, 13b, 70b; a config.json, its folder, or a recipe (name or file)."
+        ),
     ],
     method: Annotated[
         str, typer.Option(help="crnet, dense, cola, low_rank, galore, galore_8bit, apollo, ...")
@@ -74,8 +77,10 @@ def read_model(model: str):
 
     from ..accounting.shapes import Shape, named_shape
     from ..errors import ConfigError
+    from ..recipes import shipped_recipes
 
-    path = Path(model)
+    shipped = shipped_recipes().get(model)
+    path = Path(model) if shipped is None else shipped.path
     if not (path.exists() or path.suffix in (".json", ".yaml", ".yml")):
         return named_shape(model)
     path = path / "config.json" if path.is_dir() else path

@@ -5,10 +5,13 @@ from typing import Annotated
 
 import typer
 
+from . import interrupt
+from .recipes import recipe_option
+
 
 def pretrain(
     context: typer.Context,
-    recipe: Annotated[str, typer.Option(help="YAML file; see recipes/.")],
+    recipe: Annotated[str, recipe_option("A name that `crosslayer recipes` lists, or a YAML file.")],
     output_dir: Annotated[
         str | None, typer.Option("--output_dir", "--output-dir", help="Folder of the run [default: runs/NAME].")
     ] = None,
@@ -39,6 +42,7 @@ def pretrain(
 
     parsed = load_recipe(recipe, overrides)
     folder = output_dir or f"runs/{parsed.name}"
+    interrupt.goes_on(folder, resume=resume)
     report = training.pretrain(
         parsed,
         folder,

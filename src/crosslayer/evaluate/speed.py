@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..accounting import peak_flops
 from ..analysis import measure_peak_memory
+from ..workers import initialize_worker, without_interrupts
 from .contenders import METHODS, REFERENCE, Contenders
 
 Step = Callable[[], Any]
@@ -113,7 +114,8 @@ class OwnProcess:
         self.connection, theirs = context.Pipe()
         arguments = (theirs, contenders.without_models(), name, ids.cpu(), torch.get_num_threads())
         self.process = context.Process(target=_serve_steps, args=arguments, daemon=True)
-        self.process.start()
+        with without_interrupts():
+            self.process.start()
         theirs.close()
         self.name = name
 
@@ -136,6 +138,7 @@ class OwnProcess:
 
 
 def _serve_steps(connection: Connection, contenders: Contenders, name: str, ids: torch.Tensor, threads: int) -> None:
+    initialize_worker()
     torch.set_num_threads(threads)
     step = training_step(contenders.model(name), ids.to(contenders.device), precision=contenders.precision)
     with suppress(EOFError, BrokenPipeError):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from transformers import TrainerCallback, default_data_collator
 
 from ..accounting import count_parameters, estimate_memory, training_flops_per_token
 from ..data import DataStatistics, prepare_data
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, RunInterruptedError, TrainingError
 from ..ranges import COUNT, COUNT_OR_0, out_of_range
+from ..workers import initialize_worker, without_interrupts
 from .memory import training_method, training_step
 from .progress import LogLines
 from .recipe import Recipe, build_recipe
@@ -241,7 +242,8 @@ def compare(
             tell(f"{name}: validation loss {losses}")
     except KeyboardInterrupt:
         done = len(list(folder.glob("*.json")))
-        raise TrainingError(f"interrupted after {done} runs; --resume goes on from there") from None
+        pool.kill()
+        raise RunInterruptedError(f"interrupted after {done} runs; --resume goes on from there") from None
     finally:
         pool.stop()  # what failed in one run must not wait for the others
     content = {
@@ -499,13 +501,22 @@ class _Pool:
 
     def __init__(self, workers: int, initializer: Callable[[], None] | None) -> None:
         self.executor = None
+        self.others = set(active_children())
         if workers > 1:
-            self.executor = ProcessPoolExecutor(workers, get_context("spawn"), initializer)
+            with without_interrupts():
+                self.executor = ProcessPoolExecutor(workers, get_context("spawn"), initialize_worker, (initializer,))
 
     def submit(self, function: Callable, *arguments: Any) -> Any:
         if self.executor is not None:
-            return self.executor.submit(function, *arguments)
+            with without_interrupts():  # a worker may start here
+                return self.executor.submit(function, *arguments)
         return _Done(function(*arguments))
+
+    def kill(self) -> None:
+        """End the workers in the middle of their runs."""
+        if self.executor is not None:
+            for process in set(active_children()) - self.others:
+                process.kill()
 
     def stop(self) -> None:
         if self.executor is not None:

@@ -29,10 +29,11 @@ from transformers import (
 
 from ..data.fit import check_ids, input_length
 from ..data.tasks import Task, load_task, tokenize
-from ..errors import CheckpointError, ConfigError, TrainingError
+from ..errors import CheckpointError, ConfigError, RunInterruptedError, TrainingError
 from ..evaluate.task_metrics import check_metrics_available
 from .finetune_report import FinetuneReport, write_finetune_report
 from .methods import AdapterConfig, Attached, attach, count_trained, head_parameters
+from .progress import shows_bars
 from .recipe import FinetuneRecipe, load_finetune_recipe
 from .resume import (
     changes_of_training,
@@ -159,7 +160,7 @@ def _train(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
-        raise TrainingError(
+        raise RunInterruptedError(
             f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
         ) from None
     history = list(trainer.state.log_history)
@@ -321,7 +322,7 @@ def default_training(task: Task, adapter: AdapterConfig) -> dict[str, Any]:
         "logging_steps": 10,
         "save_total_limit": 2,
         "label_names": ["labels"],
-        "disable_tqdm": False,
+        "disable_tqdm": not shows_bars(),
     }
 
 

@@ -1,11 +1,17 @@
 """What is shown of a run under way: a bar with the loss, or one log line a loss."""
 
 import logging
+import sys
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 _log = logging.getLogger(__name__)
+
+
+def shows_bars() -> bool:
+    """Whether progress goes to a terminal, where a bar can move; in a file or a pipe it is lines."""
+    return sys.stderr.isatty()
 
 
 class Progress(ProgressCallback):

@@ -31,6 +31,7 @@ import yaml
 from ..data import DataConfig, TaskConfig
 from ..errors import ConfigError
 from ..ranges import out_of_range
+from ..recipes import recipe_path
 from .methods import AdapterConfig
 from .parameter_groups import ParameterGroups
 from .ranges import MODEL, PRETRAINING, TRAINING, warmup_problem
@@ -97,9 +98,9 @@ class FinetuneRecipe(_AnyRecipe):
 
 
 def load_recipe(path: str | Path, overrides: Content | None = None) -> Recipe:
-    """Read a recipe from a YAML file and apply overrides {field or section.field: value}.
+    """A recipe by its name in the package or from a YAML file, with overrides {field or section.field: value} applied.
 
-    Raises ConfigError when the file is missing or is not YAML, for unknown fields and for values of a wrong type; all
+    Raises ConfigError when it is missing or is not YAML, for unknown fields and for values of a wrong type; all
     problems of one recipe are reported together.
     """
     return build_recipe(read_recipe(path), overrides)
@@ -111,18 +112,18 @@ def load_finetune_recipe(path: str | Path, overrides: Content | None = None) -> 
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a recipe file, named after the file unless it has a name. Raises ConfigError."""
-    path = Path(path)
+    """The mapping in a recipe of the package or a file, named after it unless it has a name. Raises ConfigError."""
+    path = recipe_path(path)
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"recipe {str(path)!r} does not exist; give a YAML file such as recipes/*.yaml.") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {str(path)!r} does not exist; give a YAML file.") from None
+    except (OSError, ValueError) as error:
         raise ConfigError(f"recipe {str(path)!r} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"recipe {str(path)!r} is not a mapping; see recipes/ for the form.")
+        raise ConfigError(f"recipe {str(path)!r} is not a mapping; `crosslayer recipes --show NAME` shows the form.")
     content.setdefault("name", path.stem)
     return content
 

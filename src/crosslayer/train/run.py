@@ -24,8 +24,9 @@ from ..data import DataStatistics, PreparedData, document_end_id, document_start
 from ..data.files import printable
 from ..data.fit import check_special_tokens, ids_needed
 from ..data.tokenizer import tokenizer_fingerprint
-from ..errors import CheckpointError, ConfigError, CrossLayerError, TrainingError
+from ..errors import CheckpointError, ConfigError, CrossLayerError, RunInterruptedError, TrainingError
 from .memory import choose_recompute, training_method, training_step
+from .progress import shows_bars
 from .recipe import Recipe, load_recipe
 from .report import RunReport, write_card, write_report
 from .resume import (
@@ -142,7 +143,7 @@ def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
         "dataloader_drop_last": True,
         "save_total_limit": 2,
         "label_names": ["labels"],
-        "disable_tqdm": False,
+        "disable_tqdm": not shows_bars(),
     }
     if "metric_for_best_model" in recipe.training:
         defaults["greater_is_better"] = False
@@ -339,7 +340,7 @@ def _train(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
-        raise TrainingError(
+        raise RunInterruptedError(
             f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
         ) from None
 
