@@ -180,7 +180,8 @@ FAMILY_CASES = {
     "qwen2": _case("Qwen2", GATED),
     "qwen3": _case("Qwen3", {**GATED, "head_dim": 20}),
     "gemma3": _GEMMA3,
-    "gemma3_softcapping": _GEMMA3.but(final_logit_softcapping=2.0),
+    # One key for all queries, as in Gemma 3 1B: with a window, attention repeats it without copying it.
+    "gemma3_softcapping": _GEMMA3.but(final_logit_softcapping=2.0, num_key_value_heads=1),
     "gpt2": _GPT2,
     "gpt2_dropout": _GPT2.but(resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1),
     "qwen3_moe_dense_first": _QWEN3_MOE.but(mlp_only_layers=[0]),

@@ -91,9 +91,8 @@ class CrossLayerBlock(GradientCheckpointingLayer):
         beside, dtype = [], hidden_states.dtype
         for stage in self.stages:
             x = self.input_of(stage, hidden_states, Y, dtype, arguments)
-            dtype = (
-                x.dtype if stage.reads_h else dtype
-            )  # in which functions read Y, which may be carried in a wider one
+            # In which functions read Y, which may be carried in a wider one.
+            dtype = x.dtype if stage.reads_h else dtype
             for name in stage.positions:
                 Y[name], *more = self.project(name, x, Y.get(name))
                 beside += more

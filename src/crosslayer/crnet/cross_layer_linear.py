@@ -145,12 +145,8 @@ def is_bare(linear: nn.Module, dtype: torch.dtype) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody hooked the module or gave it a forward of its own: it must be called, not bypassed."""
-    if (
-        "forward" in module.__dict__
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    hooks = module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if "forward" in module.__dict__ or any(hooks):
         return True
     # transformers' recorder of outputs stays on the modules once installed, and sleeps unless asked.
     return any(hook.__module__ != "transformers.utils.output_capturing" for hook in module._forward_hooks.values())
@@ -174,6 +170,3 @@ def build_linear(config, layer_idx: int, position: str) -> nn.Module:
         return LowRankLinear(*shape, rank, place.bias, config.increment_activation)
     beta = config.beta_init, config.beta_epsilon, config.beta_trainable
     return CrossLayerLinear(*shape, rank, place.bias, config.increment_activation, *beta)
-
-
-__all__ = ["GIVES_INCREMENT", "CrossLayerLinear", "LowRankLinear", "b_of", "build_linear", "is_watched"]

@@ -124,36 +124,39 @@ class AttentionGraph(LocalGraph):
         held: list[torch.Tensor] = []
         self.rebuilt: list[torch.Tensor] = []
         leaves: list[torch.Tensor] = []
-        known: list[tuple] = []
+        prepared: list[tuple[int, int]] = []
         rebuilt, given = self.rebuilt, dict(arguments)
         if attention.rotate is apply_rotary_pos_emb:
             given["rotate"] = partial(rotate_in_scratch, call.scratch)
 
-        def identity(tensor):
-            return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        def place(tensor):
+            return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
 
-        def pack(tensor):
-            if identity(tensor) in known:
-                return known.index(identity(tensor))
+        def pack(tensor):  # views of them, such as one key for all queries, lie in memory that others write over
+            storage, offset = place(tensor)
+            for index, (of, start) in enumerate(prepared):
+                if of == storage:
+                    return index, tensor.shape, tensor.stride(), offset - start
             held.append(tensor.detach())  # the graph must not hold a tensor that holds the graph
             return held[-1]
 
         def unpack(packed):
-            if not isinstance(packed, int):
+            if not isinstance(packed, tuple):
                 return packed
             if not rebuilt:
                 with torch.no_grad():
                     rebuilt.extend(attention.prepare(*leaves, **given))
-            return rebuilt[packed]
+            index, shape, stride, offset = packed
+            return rebuilt[index].as_strided(shape, stride, rebuilt[index].storage_offset() + offset)
 
         def attend(*inputs):
             leaves.extend(inputs)
-            prepared = attention.prepare(*inputs, **given)
+            outputs = attention.prepare(*inputs, **given)
             if not waits:
-                return attention.core(*prepared, **arguments)[0]
-            known.extend(identity(tensor) for tensor in prepared)
+                return attention.core(*outputs, **arguments)[0]
+            prepared.extend(place(tensor) for tensor in outputs)
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-                return attention.core(*prepared, **arguments)[0]
+                return attention.core(*outputs, **arguments)[0]
 
         super().__init__(attend, inputs, parameters)
         self.held = held

@@ -92,6 +92,3 @@ def check_policy(policy: str, factorization: str) -> None:
         f"recompute={policy!r} belongs to factorization='cross_layer'; with {factorization!r} it would keep as much as "
         f"'invert'. Choose one of {', '.join(allowed)}."
     )
-
-
-__all__ = ["POLICIES", "POLICIES_OF", "Policy", "check_policy", "current_name"]

@@ -102,6 +102,3 @@ def gated_mlp_positions(
         f"{prefix}up": Position(f"{module}.up_proj", hidden_size, width, bias),
         f"{prefix}down": Position(f"{module}.down_proj", width, hidden_size, bias),
     }
-
-
-__all__ = ["AttentionShape", "Mixture", "Position", "decoder_positions", "gated_mlp_positions"]
