@@ -21,7 +21,7 @@ import torch
 from crosslayer.cli.analyze import default_block_size, read_batches
 from crosslayer.cli.common import quiet_libraries
 quiet_libraries()
-from crosslayer.analysis.loading import load_body, load_text_tokenizer
+from crosslayer.loading import load_body, load_text_tokenizer
 from crosslayer.data import DataConfig
 name, data, tokens, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 model, tokenizer = load_body(name), load_text_tokenizer(name)

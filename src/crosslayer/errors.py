@@ -4,6 +4,8 @@ Each one is also a built-in error, so callers may catch either. A message says w
 and what to change; the command line prints it on one line, without a traceback.
 """
 
+from collections.abc import Iterable
+
 
 class CrossLayerError(Exception):
     """Base of every error that crosslayer raises on purpose."""
@@ -27,3 +29,21 @@ class TrainingError(CrossLayerError, RuntimeError):
 
 class RunInterruptedError(TrainingError):
     """A run was interrupted from the keyboard."""
+
+
+def nearest(value: str, allowed: Iterable[str]) -> str | None:
+    """The one of `allowed` that `value` was probably meant to be; None where none is near."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(value, list(allowed), n=1, cutoff=0.5)), None)
+
+
+def nearest_hint(value: str, allowed: Iterable[str]) -> str:
+    """The end of a message about a wrong name: "; the nearest is NAME", or nothing."""
+    near = nearest(value, allowed)
+    return "" if near is None else f"; the nearest is {near}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, on one line: its first that is not empty, or the error's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

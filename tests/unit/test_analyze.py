@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
 from crosslayer.analysis.health import HealthLog, b_values, gradient_norms, increment_ratios, read_health
-from crosslayer.analysis.loading import load_body
 from crosslayer.analysis.plots import draw_health
 from crosslayer.analysis.text import text_batches
 from crosslayer.cli import main
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM, crnet_config
 from crosslayer.data import train_tokenizer
 from crosslayer.errors import CheckpointError, ConfigError, DataError
+from crosslayer.loading import load_body
 from crosslayer.train.run import pretrain
 from tiny_run import tiny_recipe, write_texts
 

@@ -6,11 +6,11 @@ import pytest
 from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from crosslayer import CRNetConfig, CRNetForCausalLM
-from crosslayer.cli.common import load_checkpoint
 from crosslayer.data import load_task
 from crosslayer.data.fit import block_length, check_ids, first_id, ids_needed, input_length, position_limit, room_for
 from crosslayer.errors import CheckpointError, ConfigError
 from crosslayer.evaluate.sample import sample
+from crosslayer.loading import load_checkpoint
 from crosslayer.train import build_finetune_recipe, build_recipe, finetune
 from crosslayer.train.run import build_model_config
 from tiny_finetune import (

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(importlib.util.find_spec("crosslayer").origin).parent
 
-# crnet, lor2c, recipes <- accounting, analysis <- data, train, evaluate <- cli
-LEVELS = [{"crnet", "lor2c", "recipes"}, {"accounting", "analysis"}, {"data", "train", "evaluate"}, {"cli"}]
+# crnet, lor2c, recipes <- accounting, analysis <- data, loading, train, evaluate <- cli
+LEVELS = [{"crnet", "lor2c", "recipes"}, {"accounting", "analysis"}, {"data", "train", "evaluate", "loading"}, {"cli"}]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 # Anyone may use these; they use nobody.
 COMMON = {"errors", "ranges", "workers"}

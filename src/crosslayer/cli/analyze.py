@@ -106,11 +106,11 @@ def analyze(
         return
 
     quiet_libraries()
-    from ..analysis.loading import load_body, load_text_tokenizer
     from ..analysis.ranks import suggest_ranks as suggest
     from ..analysis.spectra import measure_spectra
     from ..data import DataConfig
     from ..data.fit import block_length
+    from ..loading import load_body, load_text_tokenizer
     from .evaluate import choose_device
 
     place = choose_device(device)

@@ -1,22 +1,15 @@
-"""What several verbs need: overrides, a quiet start, loading a checkpoint."""
+"""What several verbs need: overrides, a quiet start, tables."""
 
-import difflib
 import json
 import logging
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-from ..errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-MODEL_FOLDER = "model"
+from ..errors import ConfigError
 
 # PEFT imports it wherever it is installed, and it asks for kernels that nobody needs here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -55,47 +48,6 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="crosslayer: %(message)s", stream=sys.stderr)
 
 
-def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
-    """Model and tokenizer of a checkpoint folder, or of a run folder that holds one.
-
-    Raises CheckpointError for a folder that is missing, is no causal language model or is truncated.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
-
-    from ..data.fit import check_ids, check_special_tokens
-
-    path = Path(folder)
-    if (path / MODEL_FOLDER / "config.json").is_file():
-        path = path / MODEL_FOLDER
-    if not path.is_dir():
-        near = difflib.get_close_matches(path.name, _siblings(path), n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the folder that a run wrote"
-        raise CheckpointError(f"checkpoint {folder!r} does not exist{hint}")
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{folder!r} is not a checkpoint: it has no config.json; give a run's model/ folder")
-    try:
-        model_type = AutoConfig.from_pretrained(path).model_type
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise CheckpointError(f"{folder!r} cannot be loaded: {_first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise CheckpointError(
-            f"{folder!r} ({model_type}) lacks {len(missing)} weights, the first of them {missing[0]}; it is truncated "
-            "or of another model"
-        )
-    try:
-        check_ids(tokenizer, model, repr(folder))
-        if model_type.startswith("crnet"):
-            check_special_tokens(tokenizer, model.config, repr(folder))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    return model.eval(), tokenizer
-
-
 def help_without_arguments(context: typer.Context) -> None:
     """A group of verbs without a verb: its help, and exit code 0."""
     if context.invoked_subcommand is None:
@@ -126,12 +78,3 @@ def print_grid(header: list[str], rows: list[list[str]]) -> None:
     for line in (header, ["-" * width for width in widths], *rows):
         first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         print("| " + " | ".join([first.strip().ljust(widths[0]), *rest]) + " |")
-
-
-def _siblings(path: Path) -> list[str]:
-    return [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -93,7 +93,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if local else name)
     except Exception as error:  # transformers, tokenizers and the hub each raise their own kinds
         raise ConfigError(
-            f"tokenizer={name!r} cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
+            f"tokenizer={name!r} cannot be loaded ({type(error).__name__}: {first_line(error)}); "
             "give a folder written by save_pretrained, a hub name, or leave it out to train one"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -150,7 +150,3 @@ def _first_id(tokenizer: PreTrainedTokenizerFast, *names: str) -> int:
         f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token, so documents cannot be "
         "told apart; set one of them in its tokenizer_config.json, or use another tokenizer"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -31,6 +31,7 @@ from ..data.fit import check_ids, input_length
 from ..data.tasks import Task, load_task, tokenize
 from ..errors import CheckpointError, ConfigError, RunInterruptedError, TrainingError
 from ..evaluate.task_metrics import check_metrics_available
+from ..loading import ADAPTER_FOLDER, MODEL_FOLDER, load_pretrained
 from .finetune_report import FinetuneReport, write_finetune_report
 from .methods import AdapterConfig, Attached, attach, count_trained, head_parameters
 from .progress import shows_bars
@@ -57,8 +58,6 @@ from .run_folder import (
 )
 from .task_trainer import TaskTrainer
 from .trainer import SafeTrainer, check_metric, describe_device, nothing_left_behind, training_arguments
-
-ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 
 
 @dataclass(kw_only=True)
@@ -233,31 +232,16 @@ def load_base(name: str, task: Task, adapter: AdapterConfig) -> tuple[PreTrained
 
     Weights keep their dtype when they stay frozen and are float32 when they train. Raises CheckpointError.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-    import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
-
-    path = Path(name).expanduser()
-    if (path / MODEL_FOLDER / "config.json").is_file():
-        path = path / MODEL_FOLDER
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{name!r} is not a model: it has no config.json; give a folder that has one")
     settings: dict[str, Any] = {"dtype": "auto" if adapter.is_peft else torch.float32}
-    builder = AutoModelForCausalLM
+    auto_class = "AutoModelForCausalLM"
     if task.kind != "instruction":
-        builder = AutoModelForSequenceClassification
+        auto_class = "AutoModelForSequenceClassification"
         settings["num_labels"] = len(task.labels) or 1
         settings["problem_type"] = "regression" if task.kind == "regression" else "single_label_classification"
         if task.labels:
             settings["id2label"] = dict(enumerate(task.labels))
             settings["label2id"] = {label: index for index, label in enumerate(task.labels)}
-    source = str(path) if path.is_dir() else name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = builder.from_pretrained(source, **settings)
-    except Exception as error:  # the hub, its client and model classes raise dozens of kinds
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"model {name!r} cannot be loaded: {reason}") from error
+    model, tokenizer = load_pretrained(name, auto_class, **settings)
     check_special(tokenizer, task, name)
     check_ids(tokenizer, model, f"model {name!r}")
     model.config.pad_token_id = tokenizer.pad_token_id  # a head on top reads the last token before it

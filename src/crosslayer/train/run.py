@@ -25,6 +25,7 @@ from ..data.files import printable
 from ..data.fit import check_special_tokens, ids_needed
 from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, CrossLayerError, RunInterruptedError, TrainingError
+from ..loading import MODEL_FOLDER, has_model, load_saved
 from .memory import choose_recompute, training_method, training_step
 from .progress import shows_bars
 from .recipe import Recipe, load_recipe
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 _log = logging.getLogger(__name__)
-MODEL_FOLDER = "model"
 AUTO = "auto"
 
 
@@ -373,16 +373,13 @@ def _train(
 def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:
     """The report of a run that has taken all its steps, with its model; None when there is work left."""
     content = read_json(output_dir / "report.json")
-    if not is_finished(content, plan.steps, output_dir) or not (output_dir / MODEL_FOLDER / "config.json").is_file():
+    if not is_finished(content, plan.steps, output_dir) or not has_model(output_dir):
         return None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     report = RunReport(**content)
     try:
-        report.model = AutoModelForCausalLM.from_pretrained(output_dir / MODEL_FOLDER)
-        report.tokenizer = AutoTokenizer.from_pretrained(output_dir / MODEL_FOLDER)
-    except Exception as error:  # weights and tokenizers that were cut off raise many kinds
-        _log.warning("%s cannot be read (%s); it is made anew", output_dir / MODEL_FOLDER, type(error).__name__)
+        report.model, report.tokenizer = load_saved(output_dir / MODEL_FOLDER)
+    except CheckpointError as error:
+        _log.warning("%s; it is made anew", error)
         return None
     return report
 
