@@ -118,7 +118,7 @@ def test_refusals(name, fields, message):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("lama", f"model_type='lama' is not supported; the nearest is 'llama'; supported are {SUPPORTED}. "),
+        ("lama", f"model_type='lama' is not supported; the nearest is llama; supported are {SUPPORTED}. "),
         ("bert", f"model_type='bert' is not supported; supported are {SUPPORTED}. "),
     ],
 )

@@ -431,7 +431,7 @@ class TestRefused:
             for_config, for_callback = lor2c_settings(method)
             LoR2CConfig(**for_config)
             LoR2CStructureCallback(**for_callback)
-        with pytest.raises(ConfigError, match="Did you mean 'mergelor2c'"):
+        with pytest.raises(ConfigError, match="the nearest is mergelor2c"):
             lor2c_settings("mergelorc")
 
 

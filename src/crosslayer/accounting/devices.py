@@ -1,9 +1,8 @@
 """Accelerators: dense peak throughput, memory and its bandwidth, for utilisation and plans."""
 
-import difflib
 from dataclasses import dataclass
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest_hint
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ def find_device(name: str) -> Device:
     key = name.lower().replace(" ", "-").replace("_", "-")
     device = DEVICES.get(key) or _by_cuda_name(name)
     if device is None:
-        near = difflib.get_close_matches(key, DEVICES, n=1, cutoff=0.5)
-        hint = f"; the nearest is {near[0]}" if near else ""
+        hint = nearest_hint(key, DEVICES)
         raise ConfigError(f"device={name!r} is unknown{hint}; allowed: {', '.join(DEVICES)}")
     return device
 

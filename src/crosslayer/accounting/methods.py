@@ -1,11 +1,10 @@
 """How a model is trained, as far as it costs anything: what is kept, which weights learn, which optimizer."""
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
 from ..crnet.policies import POLICIES, POLICIES_OF, RENAMED, Policy, current_name
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest_hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,7 @@ def named_method(name: str) -> tuple[str, Method]:
     """(factorization, Method). Raises ConfigError for a name that is not in `METHODS`, with the nearest one."""
     name = current_method(name)
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
-        hint = f"; the nearest is {near[0]}" if near else ""
+        hint = nearest_hint(name, METHODS)
         raise ConfigError(f"method={name!r} is unknown{hint}; allowed: {', '.join(METHODS)}")
     return METHODS[name]
 

@@ -7,7 +7,6 @@ A shape is a list of layers, and a layer its positions by name: those of `config
 Parameters, operations and bytes go over them, so that another family of models needs no change here.
 """
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from ..crnet import crnet_config
 from ..crnet.configuration_cross_layer import CrossLayerFields
 from ..crnet.families import FAMILIES, config_class, field_names
 from ..crnet.positions import AttentionShape, Position
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest_hint
 
 SIZES = {
     # hidden, MLP, heads, key-value heads, layers: GaLore's, SLTrain's and CoLA's configurations, and LLaMA 2's 70B.
@@ -295,10 +294,9 @@ class Shape:
 def named_shape(name: str, factorization: str = "dense", rank: int | None = None, density: float = 0.0) -> Shape:
     """A size of the field's table. Raises ConfigError for a name that is not in it, with the nearest one."""
     if name not in SIZES:
-        near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0.5)
-        hint = f"; the nearest is {near[0]}" if near else ""
         raise ConfigError(
-            f"model={name!r} is unknown{hint}; allowed: {', '.join(SIZES)}, a config.json or a recipe (.yaml)"
+            f"model={name!r} is unknown{nearest_hint(name, SIZES)}; allowed: {', '.join(SIZES)}, a config.json or a "
+            "recipe (.yaml)"
         )
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     shape = _from_mapping({**dict(zip(names, SIZES[name], strict=True)), "factorization": "dense"})

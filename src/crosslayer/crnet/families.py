@@ -3,13 +3,12 @@
 A further family is a configuration and a modelling file, and a line here (docs/new-family.md).
 """
 
-import difflib
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, first_line, nearest_hint
 
 FAMILIES = {
     # transformers' model_type: (our model_type, prefix of our classes)
@@ -75,18 +74,15 @@ def crnet_config(base: Any, **fields: Any) -> Any:
     ours = {stem: name for name, (stem, _) in FAMILIES.items()}
     base_type = ours.get(base_type, base_type)
     if base_type not in FAMILIES:
-        near = difflib.get_close_matches(base_type, FAMILIES, n=1)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
         raise ConfigError(
-            f"model_type={base_type!r} is not supported{hint}; supported are {', '.join(FAMILIES)}. "
-            "docs/new-family.md shows how to add one."
+            f"model_type={base_type!r} is not supported{nearest_hint(base_type, FAMILIES)}; supported are "
+            f"{', '.join(FAMILIES)}. docs/new-family.md shows how to add one."
         )
     cls = config_class(base_type)
     known = field_names(cls)
     given = {**shape, **fields} if isinstance(base, Mapping) else fields
     if unknown := sorted(given.keys() - known):
-        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest_hint(unknown[0], sorted(known))
         raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}{hint}")
     fields = {known[name]: value for name, value in fields.items()}
     if known["num_hidden_layers"] in fields:
@@ -106,8 +102,7 @@ def _read(base: Any) -> tuple[str, dict[str, Any]]:
         try:
             base = AutoConfig.from_pretrained(base)
         except (OSError, ValueError, KeyError) as error:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise CheckpointError(f"no configuration of a model in {str(base)!r}: {first}") from None
+            raise CheckpointError(f"no configuration of a model in {str(base)!r}: {first_line(error)}") from None
     fields = dict(base) if isinstance(base, Mapping) else base.get_text_config().to_dict()
     return str(fields.get("model_type")), {name: value for name, value in fields.items() if name not in NOT_SHAPE}
 

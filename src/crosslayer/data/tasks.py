@@ -9,7 +9,6 @@ as `prompt` and `completion` for instructions. Local files and hub datasets take
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, nearest_hint
 from ..ranges import COUNT, COUNT_OR_0, LENGTH, NAME, PART, out_of_range, whole
 from .config import cache_root, is_hub, local_path, source_problem
 from .fit import DEFAULT_MAX_LENGTH
@@ -130,8 +129,7 @@ class TaskConfig:
             self.task = self.task.removeprefix("glue/").lower()
         problems = []
         if self.task is not None and self.task not in (*GLUE, *KINDS):
-            near = difflib.get_close_matches(self.task, [*GLUE, *KINDS], n=1, cutoff=0.5)
-            hint = f"; the nearest is {near[0]}" if near else ""
+            hint = nearest_hint(self.task, [*GLUE, *KINDS])
             problems.append(f"task={self.task!r} is none of {', '.join([*GLUE, *KINDS])}{hint}")
         elif self.data is None and self.task not in GLUE:
             problems.append("give a GLUE task (task=sst2), or your own data (data=FILE)")

@@ -1,9 +1,8 @@
 """The five methods of the paper by name: what each one asks of the configuration and of the callback."""
 
-from difflib import get_close_matches
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest_hint
 
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # method: (LoR2CConfig, LoR2CStructureCallback). One fuse and three injections are the best pair that the paper
@@ -22,8 +21,6 @@ def lor2c_settings(method: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises ConfigError for an unknown method, with the nearest name.
     """
     if method not in METHODS:
-        near = get_close_matches(method, METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"method={method!r} is none of {', '.join(METHODS)}.{hint}")
+        raise ConfigError(f"method={method!r} is none of {', '.join(METHODS)}{nearest_hint(method, METHODS)}")
     for_config, for_callback = METHODS[method]
     return dict(for_config), dict(for_callback)

@@ -3,13 +3,12 @@
 A name is the path below this folder without `.yaml`. Whatever is no name is the path of a file of one's own.
 """
 
-import difflib
 import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 
 FOLDER = Path(__file__).parent
 SUFFIX = ".yaml"
@@ -79,8 +78,8 @@ def nearest_recipe(text: str) -> str | None:
     asked = PurePosixPath(text.replace("\\", "/"))
     last = asked.name.removesuffix(asked.suffix if asked.suffix in (SUFFIX, ".yml") else "")
     by_last = {name.rpartition("/")[2]: name for name in shipped_recipes()}
-    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.5)
-    return by_last[near[0]] if near else None
+    near = nearest(last, by_last)
+    return None if near is None else by_last[near]
 
 
 __all__ = ["ShippedRecipe", "find_recipe", "nearest_recipe", "recipe_path", "shipped_recipes"]

@@ -8,7 +8,6 @@ output_dir/
 Learning rates are tuned by kind of parameter: one rate for all handicaps each method by another amount (docs/crnet.md).
 """
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -30,7 +29,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from ..accounting import count_parameters, estimate_memory, training_flops_per_token
 from ..data import DataStatistics, prepare_data
-from ..errors import ConfigError, RunInterruptedError, TrainingError
+from ..errors import ConfigError, RunInterruptedError, TrainingError, nearest_hint
 from ..ranges import COUNT, COUNT_OR_0, out_of_range
 from ..workers import initialize_worker, without_interrupts
 from .memory import training_method, training_step
@@ -126,8 +125,7 @@ class Options:
         problems = []
         for name in self.methods:
             if name not in CONTENDERS:
-                near = difflib.get_close_matches(name, CONTENDERS, n=1, cutoff=0.4)
-                hint = f" (the nearest is {near[0]})" if near else ""
+                hint = nearest_hint(name, CONTENDERS)
                 problems.append(f"method {name!r} is none of {', '.join(CONTENDERS)}{hint}")
         if not self.methods:
             problems.append(f"methods is empty; choose from {', '.join(CONTENDERS)}")

@@ -16,7 +16,6 @@
 | head | only the new head of a classification or regression model |
 """
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest_hint
 from ..ranges import ABOVE_0, AT_LEAST_0, COUNT, COUNT_OR_0, LENGTH, SHARE, Range, one_of, or_auto, out_of_range
 
 METHODS = ("lor2c", "sharelor2c", "mergelor2c", "injectlor2c", "imlor2c", "lora", "full", "head")
@@ -111,8 +110,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         problems = []
         if self.method not in METHODS:
-            near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.4)
-            hint = f"; the nearest is {near[0]}" if near else ""
+            hint = nearest_hint(self.method, METHODS)
             problems.append(f"method={self.method!r} is none of {', '.join(METHODS)}{hint}")
         problems += out_of_range(vars(self), RANGES)
         for name, methods in (("max_fuses", FUSING), ("max_injections", INJECTING)):

@@ -18,7 +18,6 @@ before it (`--data.seed 3`).
 """
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from typing import Any, ClassVar
 import yaml
 
 from ..data import DataConfig, TaskConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest_hint
 from ..ranges import out_of_range
 from ..recipes import recipe_path
 from .methods import AdapterConfig
@@ -234,5 +233,4 @@ def _set(sections: dict, known: dict, section: str, name: str, value: Any, probl
 
 
 def _unknown(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name.rpartition(".")[2], list(known), n=1)
-    return f"{prefix}{name} is not a field of a recipe" + (f"; the nearest is {near[0]}" if near else "")
+    return f"{prefix}{name} is not a field of a recipe{nearest_hint(name.rpartition('.')[2], known)}"
