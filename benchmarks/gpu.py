@@ -23,8 +23,8 @@ import torch
 
 from crosslayer.accounting import peak_flops
 from crosslayer.analysis import measure_peak_memory
-from crosslayer.evaluate.contenders import METHODS, Contenders
-from crosslayer.evaluate.speed import matrix_operations, measure_generation, summarize, take_turns, training_step
+from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.speed import matrix_operations, measure_generation, summarize, take_turns, training_step
 from result_file import ResultFile
 
 SIZES = {

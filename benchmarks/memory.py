@@ -33,10 +33,10 @@ from unittest import mock
 
 import torch
 
+from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.memory import memory_rows, saved_by_depth
+from crosslayer.bench.speed import measure_memory, measure_training
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
-from crosslayer.evaluate.contenders import METHODS, Contenders
-from crosslayer.evaluate.memory import memory_rows, saved_by_depth
-from crosslayer.evaluate.speed import measure_memory, measure_training
 from result_file import ResultFile
 
 HERE = Path(__file__).parent

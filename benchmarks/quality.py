@@ -159,7 +159,7 @@ def train(method: str, rates: dict[str, float], seed: int, steps: int, options) 
 
 def tune(method: str, options) -> tuple[dict[str, float], dict[str, bool], list[dict]]:
     """Best learning rates of a method, whether each has a worse neighbour on both sides, and every tuning run."""
-    from crosslayer.train.compare import has_worse_neighbours, search_rates
+    from crosslayer.compare import has_worse_neighbours, search_rates
 
     runs: list[dict] = []
 

@@ -36,8 +36,8 @@ import torch
 
 from crosslayer.accounting import count_parameters
 from crosslayer.analysis import measure_peak_memory
+from crosslayer.bench.speed import summarize, take_turns
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
-from crosslayer.evaluate.speed import summarize, take_turns
 from result_file import ResultFile
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.speed import matrix_operations, take_turns, training_rows, training_step
 from crosslayer.crnet import CrossLayerLinear
-from crosslayer.evaluate.contenders import METHODS, Contenders
-from crosslayer.evaluate.speed import matrix_operations, take_turns, training_rows, training_step
 from crosslayer.train.run_folder import describe_run
 
 SHAPE = {

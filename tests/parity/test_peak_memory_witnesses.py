@@ -7,7 +7,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 
 from crosslayer.analysis import PeakMemory, measure_peak_memory
-from crosslayer.evaluate.contenders import METHODS, Contenders
+from crosslayer.bench.contenders import METHODS, Contenders
 
 SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 130, "num_hidden_layers": 4}
 SHAPE |= {"num_attention_heads": 3, "max_position_embeddings": 64}

@@ -10,13 +10,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from crosslayer.cli import main
-from crosslayer.crnet import CRNetForCausalLM
-from crosslayer.errors import ConfigError
-from crosslayer.evaluate import speed as speed_module
-from crosslayer.evaluate.contenders import METHODS, Contenders
-from crosslayer.evaluate.memory import memory_rows, saved_by_depth
-from crosslayer.evaluate.speed import (
+from crosslayer.bench import speed as speed_module
+from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.memory import memory_rows, saved_by_depth
+from crosslayer.bench.speed import (
     OwnProcess,
     matrix_operations,
     measure_generation,
@@ -26,6 +23,9 @@ from crosslayer.evaluate.speed import (
     training_rows,
     training_step,
 )
+from crosslayer.cli import main
+from crosslayer.crnet import CRNetForCausalLM
+from crosslayer.errors import ConfigError
 
 SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 130, "num_hidden_layers": 3}
 SHAPE |= {"num_attention_heads": 3, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None}

@@ -9,10 +9,10 @@ import yaml
 
 from crosslayer.accounting import count_parameters
 from crosslayer.cli import main
+from crosslayer.compare import CONTENDERS, Job, Options, compare, has_worse_neighbours, recipe_of, search_rates
+from crosslayer.compare import comparison as comparing
 from crosslayer.errors import ConfigError, TrainingError
 from crosslayer.train import build_recipe
-from crosslayer.train import compare as comparing
-from crosslayer.train.compare import CONTENDERS, Job, Options, compare, has_worse_neighbours, recipe_of, search_rates
 from crosslayer.train.memory import training_method
 from crosslayer.train.run import build_arguments, build_model_config
 from tiny_run import tiny_content, tiny_recipe

@@ -5,7 +5,7 @@ import torch
 
 from crosslayer.analysis import measure_peak_memory, measure_saved_activations
 from crosslayer.analysis.peak_memory import PARTS, PHASES, PeakMemory, StorageWatch, _correct_by_allocator
-from crosslayer.evaluate.contenders import METHODS, Contenders
+from crosslayer.bench.contenders import METHODS, Contenders
 from model_cases import SHAPE
 
 SIZES = {key: value for key, value in SHAPE.items() if not key.endswith("_token_id")} | {"num_hidden_layers": 5}

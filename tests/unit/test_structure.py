@@ -8,8 +8,14 @@ import pytest
 
 ROOT = Path(importlib.util.find_spec("crosslayer").origin).parent
 
-# crnet, lor2c, recipes <- accounting, analysis <- data, loading, train, evaluate <- cli
-LEVELS = [{"crnet", "lor2c", "recipes"}, {"accounting", "analysis"}, {"data", "train", "evaluate", "loading"}, {"cli"}]
+# crnet, lor2c, recipes <- accounting, analysis <- data, loading, train, evaluate <- bench, compare <- cli
+LEVELS = [
+    {"crnet", "lor2c", "recipes"},
+    {"accounting", "analysis"},
+    {"data", "train", "evaluate", "loading"},
+    {"bench", "compare"},
+    {"cli"},
+]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 # Anyone may use these; they use nobody.
 COMMON = {"errors", "ranges", "workers"}

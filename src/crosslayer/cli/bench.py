@@ -8,7 +8,7 @@ from .common import help_without_arguments
 from .ranges import checked
 
 if TYPE_CHECKING:
-    from ..evaluate.contenders import Contenders
+    from ..bench.contenders import Contenders
 
 bench = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
 
@@ -80,8 +80,8 @@ def memory(
     if not all(SIZE.holds(depth) for depth in depths):
         raise ConfigError(f"layers={layers!r}; each must be {SIZE.words}")
     quiet_libraries()
-    from ..evaluate.memory import memory_rows, saved_by_depth
-    from ..evaluate.speed import measure_memory
+    from ..bench.memory import memory_rows, saved_by_depth
+    from ..bench.speed import measure_memory
 
     shape = _shape(vocab_size, hidden_size, intermediate_size, depths[-1], num_attention_heads, rank, sequence)
     contenders = _contenders(shape, methods, recompute_interval, dtype, device)
@@ -131,7 +131,7 @@ def speed(
 
     chosen = [part.strip() for part in parts.split(",")]
     quiet_libraries()
-    from ..evaluate.speed import measure_generation, measure_memory, measure_training
+    from ..bench.speed import measure_generation, measure_memory, measure_training
 
     longest = max(sequence, prompt + new_tokens)
     shape = _shape(vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, rank, longest)
@@ -169,7 +169,7 @@ def _shape(vocabulary, hidden, intermediate, layers, heads, rank, sequence) -> d
 
 
 def _contenders(shape, methods: str | None, interval: int | None, dtype: str, device: str | None) -> "Contenders":
-    from ..evaluate.contenders import DEFAULT_METHODS, REFERENCE, Contenders
+    from ..bench.contenders import DEFAULT_METHODS, REFERENCE, Contenders
     from .evaluate import choose_device
 
     names = list(dict.fromkeys([REFERENCE, *methods.split(",")])) if methods else DEFAULT_METHODS
@@ -211,7 +211,7 @@ def _print_memory(rows: dict[str, Any], depths: list[int], hidden_size: int, tok
 
 
 def _print_speed(methods: list[str], result: dict[str, Any]) -> None:
-    from ..evaluate.contenders import METHODS
+    from ..bench.contenders import METHODS
     from .common import print_grid
 
     header, rows = [""], [[METHODS[name].label] for name in methods]

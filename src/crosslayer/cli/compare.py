@@ -55,7 +55,7 @@ def compare(
 
     overrides = parse_overrides(context.args)
     quiet_libraries()
-    from ..train import compare as comparing
+    from .. import compare as comparing
     from ..train import load_recipe
 
     parsed = load_recipe(recipe, overrides)

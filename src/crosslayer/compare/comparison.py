@@ -31,14 +31,14 @@ from ..accounting import count_parameters, estimate_memory, training_flops_per_t
 from ..data import DataStatistics, prepare_data
 from ..errors import ConfigError, RunInterruptedError, TrainingError, nearest_hint
 from ..ranges import COUNT, COUNT_OR_0, out_of_range
+from ..train.memory import training_method, training_step
+from ..train.progress import LogLines
+from ..train.recipe import Recipe, build_recipe
+from ..train.resume import check_fingerprints, check_same_run
+from ..train.run import build_arguments, build_model, build_model_config, earlier_recipe, fingerprints_of
+from ..train.run_folder import check_output_dir, describe_run, prepare_output_dir, read_json, write_json
+from ..train.trainer import PretrainTrainer
 from ..workers import initialize_worker, without_interrupts
-from .memory import training_method, training_step
-from .progress import LogLines
-from .recipe import Recipe, build_recipe
-from .resume import check_fingerprints, check_same_run
-from .run import build_arguments, build_model, build_model_config, earlier_recipe, fingerprints_of
-from .run_folder import check_output_dir, describe_run, prepare_output_dir, read_json, write_json
-from .trainer import PretrainTrainer
 
 _log = logging.getLogger(__name__)
 

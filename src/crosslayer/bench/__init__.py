@@ -1,0 +1,1 @@
+"""What methods cost at one shape, measured: the contenders, their activation memory, their speed."""
