@@ -23,8 +23,9 @@ import torch
 
 from crosslayer.accounting import peak_flops
 from crosslayer.analysis import measure_peak_memory
-from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.contenders import Contenders
 from crosslayer.bench.speed import matrix_operations, measure_generation, summarize, take_turns, training_step
+from crosslayer.methods import METHODS
 from result_file import ResultFile
 
 SIZES = {
@@ -63,7 +64,7 @@ class Bench:
             ids = contenders.tokens(options.batch, options.sequence)
             operations = matrix_operations(model, ids)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-            found: dict[str, Any] = {"label": METHODS[name].label, "parameters": model.num_parameters()}
+            found: dict[str, Any] = {"label": METHODS[name], "parameters": model.num_parameters()}
             if not compiled:
                 with contenders.precision():
                     found["peak_bytes_by_part"] = measure_peak_memory(model, ids, optimizer).to_dict()
@@ -80,7 +81,7 @@ class Bench:
             found["mfu"] = round(operations / found["step_s"]["median"] / peak, 4) if peak else None
             return found
         except torch.OutOfMemoryError:
-            return {"label": METHODS[name].label, "out_of_memory": True}
+            return {"label": METHODS[name], "out_of_memory": True}
 
     def decode(self, name: str) -> dict[str, Any]:
         found = {}

@@ -33,10 +33,11 @@ from unittest import mock
 
 import torch
 
-from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.contenders import Contenders
 from crosslayer.bench.memory import memory_rows, saved_by_depth
 from crosslayer.bench.speed import measure_memory, measure_training
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
+from crosslayer.methods import METHODS
 from result_file import ResultFile
 
 HERE = Path(__file__).parent
@@ -139,7 +140,7 @@ def measure_resident(sizes: dict) -> dict[str, Any]:
         growth = counted[depths[0]].growth_per_layer(counted[depths[-1]])
         slope = (peaks[depths[-1]] - peaks[depths[0]]) / (depths[-1] - depths[0]) / (batch * sequence)
         found[name] = {
-            "label": METHODS[name].label,
+            "label": METHODS[name],
             "interval": interval,
             "peak_bytes": {str(layers): peak for layers, peak in peaks.items()},
             "resident_h": round(slope / (4 * hidden), 3),
@@ -346,11 +347,11 @@ def bars(results: ResultFile) -> list[tuple[str, float, str, bool]]:
         for layers, rows in by_depth.items():
             where = f"{layers} layers" + {"kept_heap": ", kept heap", "policies": ", alone"}.get(section, "")
             for name, bar in (("crnet_invert", 1.08), ("crnet_replay", 1.10), ("crnet_reversible", 1.25)):
-                at_most(f"step over none, {where}, {METHODS[name].label}", rows[name]["step_over_none"], bar)
+                at_most(f"step over none, {where}, {METHODS[name]}", rows[name]["step_over_none"], bar)
             if section == "policies":
                 continue
             for name, to_checkpointed, to_dense in (("crnet_invert", 1.9, 1.5), ("crnet_reversible", 1.7, 1.4)):
-                row, label = rows[name], f"{where}, {METHODS[name].label}"
+                row, label = rows[name], f"{where}, {METHODS[name]}"
                 at_least(
                     f"speed over dense + checkpointing, {label}", row["speed_over_dense_checkpointing"], to_checkpointed
                 )
@@ -359,7 +360,7 @@ def bars(results: ResultFile) -> list[tuple[str, float, str, bool]]:
         for layers, rows in results["peak"]["layers"].items():
             for name in ("crnet_invert", "crnet_reversible"):
                 ratio = rows[name]["total"] / rows["dense_checkpointing"]["total"]
-                at_most(f"peak memory over dense + checkpointing, {layers} layers, {METHODS[name].label}", ratio, 1.0)
+                at_most(f"peak memory over dense + checkpointing, {layers} layers, {METHODS[name]}", ratio, 1.0)
     if "bf16" in results:
         for dtype, by_depth in results["bf16"]["dtypes"].items():
             for layers, rows in by_depth.items():

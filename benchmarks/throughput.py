@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.contenders import Contenders
 from crosslayer.bench.speed import matrix_operations, take_turns, training_rows, training_step
 from crosslayer.crnet import CrossLayerLinear
+from crosslayer.methods import METHODS
 from crosslayer.train.run_folder import describe_run
 
 SHAPE = {
@@ -47,7 +48,7 @@ def plain_forward(self, x, previous):
 
 
 def build(shape: dict) -> dict[str, torch.nn.Module]:
-    models = {METHODS[m].label: Contenders(shape, [m]).model(m) for m in ("llama", "dense", "crnet", "cola")}
+    models = {METHODS[m]: Contenders(shape, [m]).model(m) for m in ("llama", "dense", "crnet", "cola")}
     plain = Contenders(shape, ["crnet"]).model("crnet")
     plain.model._uses_tape = lambda *_: False  # ordinary autograd throughout
     for module in plain.modules():
@@ -84,7 +85,7 @@ def main() -> None:
     steps = {name: training_step(model, ids) for name, model in models.items()}
     operations = {name: matrix_operations(model, ids) for name, model in models.items()}
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    reference = METHODS["llama"].label
+    reference = METHODS["llama"]
     rows = training_rows(take_turns(steps, options.steps), operations, parameters, ids.numel(), reference)
     content = {
         "what": "training throughput (forward, backward, AdamW), float32, interleaved in one process",

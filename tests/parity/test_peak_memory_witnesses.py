@@ -7,7 +7,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 
 from crosslayer.analysis import PeakMemory, measure_peak_memory
-from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.contenders import SETUPS, Contenders
 
 SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 130, "num_hidden_layers": 4}
 SHAPE |= {"num_attention_heads": 3, "max_position_embeddings": 64}
@@ -31,7 +31,7 @@ def there_before(found: PeakMemory) -> int:
     return sum(found.parts[part] for part in ("parameters", "optimizer", "other"))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SETUPS)
 def test_peak_equals_the_allocators(name):
     """To the byte, but for what one kernel of fused attention takes and gives back within itself: 5 and 10 kB here."""
     model, ids, optimizer, step = case(name)

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from crosslayer.bench import speed as speed_module
-from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.contenders import SETUPS, Contenders
 from crosslayer.bench.memory import memory_rows, saved_by_depth
 from crosslayer.bench.speed import (
     OwnProcess,
@@ -35,8 +35,8 @@ SHAPE |= {"num_attention_heads": 3, "max_position_embeddings": 64, "bos_token_id
 
 
 def test_every_method_trains_as_it_says():
-    contenders = Contenders(SHAPE | {"rank": 7}, list(METHODS), interval=2)
-    for name, method in METHODS.items():
+    contenders = Contenders(SHAPE | {"rank": 7}, list(SETUPS), interval=2)
+    for name, method in SETUPS.items():
         model = contenders.model(name)
         assert model.training
         assert model.is_activation_checkpointing == method.checkpointing
@@ -59,7 +59,7 @@ def test_methods_of_one_model_share_its_weights():
     ("shape", "arguments", "parts"),
     [
         ({}, {"methods": ["lama"]}, ("lama", "llama, dense")),
-        ({}, {"methods": []}, ("none", "choose from")),
+        ({}, {"methods": []}, ("methods is empty", "choose from")),
         ({}, {"methods": ["dense"], "dtype": "int8"}, ("int8", "float32, bfloat16, mixed")),
         ({"num_attention_heads": 5}, {"methods": ["llama"]}, ("transformers Llama",)),
         ({"rank": 10**4}, {"methods": ["cola"]}, ("CoLA", "rank=10000")),
@@ -140,7 +140,7 @@ def test_measure_training(dtype):
 
 
 def test_the_name_that_invert_had():
-    with pytest.warns(FutureWarning, match="recompute='low_rank' is called 'invert' now"):
+    with pytest.warns(FutureWarning, match="method 'crnet_low_rank' is called 'crnet_invert' now"):
         contenders = Contenders(SHAPE, ["crnet_low_rank", "crnet_invert"])
     assert contenders.methods == ["crnet_invert"]
 
@@ -264,7 +264,7 @@ def test_bench_speed(run, extra):
         (("memory", "--layers", "4"), ("layers='4'", "two different depths")),
         (("memory", "--layers", "4,deep"), ("4,deep",)),
         (("memory", "--layers", "0,4"), ("layers='0,4'", "from 1 to")),
-        (("memory", "--methods", "galore"), ("galore", "choose from llama")),
+        (("memory", "--methods", "galore"), ("method='galore' is none of llama",)),
         (("memory", "--recompute-interval", "40"), ("recompute_interval=40",)),
         (("speed", "--dtype", "fp8"), ("fp8", "float32, bfloat16, mixed")),
         (("speed", "--parts", "training,sleeping"), ("sleeping", "some of training, generation, memory")),

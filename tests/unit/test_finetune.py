@@ -8,7 +8,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from crosslayer.errors import CheckpointError, ConfigError, DataError, TrainingError
-from crosslayer.train import METHODS
+from crosslayer.methods import FINETUNING
 from crosslayer.train.finetune import finetune, train_once
 from crosslayer.train.methods import AdapterConfig, attach
 from crosslayer.train.task_trainer import TaskTrainer, split_off_head
@@ -69,7 +69,7 @@ def test_the_adapter_reloads(finished, root):
     assert accuracy == pytest.approx(report.after["eval_accuracy"])
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "imlor2c"])
+@pytest.mark.parametrize("method", [m for m in FINETUNING if m != "imlor2c"])
 def test_every_method_trains(method, root):
     folder = root / f"method-{method}"
     settings = {"num_train_epochs": 2, "learning_rate": 5e-3}

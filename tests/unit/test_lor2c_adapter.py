@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from crosslayer import LoR2CConfig, LoR2CModel
 from crosslayer.crnet import CRNetForCausalLM
 from crosslayer.errors import CheckpointError, ConfigError
-from crosslayer.lor2c import METHODS, AdaptedBlocks, LoR2CStructureCallback, lor2c_settings
+from crosslayer.lor2c import SETTINGS, AdaptedBlocks, LoR2CStructureCallback, lor2c_settings
 from lor2c_cases import DECODER, base_model, crnet_config, inputs_of, move, with_lor2c
 from tolerances import assert_close, assert_far
 
@@ -427,7 +427,7 @@ class TestRefused:
             AdaptedBlocks(base_model("llama"))
 
     def test_methods(self):
-        for method in METHODS:
+        for method in SETTINGS:
             for_config, for_callback = lor2c_settings(method)
             LoR2CConfig(**for_config)
             LoR2CStructureCallback(**for_callback)

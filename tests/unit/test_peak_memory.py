@@ -5,7 +5,7 @@ import torch
 
 from crosslayer.analysis import measure_peak_memory, measure_saved_activations
 from crosslayer.analysis.peak_memory import PARTS, PHASES, PeakMemory, StorageWatch, _correct_by_allocator
-from crosslayer.bench.contenders import METHODS, Contenders
+from crosslayer.bench.contenders import SETUPS, Contenders
 from model_cases import SHAPE
 
 SIZES = {key: value for key, value in SHAPE.items() if not key.endswith("_token_id")} | {"num_hidden_layers": 5}
@@ -21,7 +21,7 @@ def case(name, dtype="float32", **shape):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SETUPS)
 def test_parts_are_exact_and_add_up(name, dtype):
     model, ids = case(name, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from test_cli import refused, run  # noqa: F401  run is a fixture
 
-from crosslayer.accounting import DEVICES, METHODS, PRECISIONS, Method, Shape, Step, count_operations, estimate_memory
+from crosslayer.accounting import DEVICES, PRECISIONS, TRAININGS, Method, Shape, Step, count_operations, estimate_memory
 from crosslayer.accounting.devices import Device
 from crosslayer.accounting.planner import (
     Request,
@@ -170,13 +170,13 @@ def test_recipe_lines_build(tmp_path):
 
 
 def test_every_method_has_a_plan():
-    for method in METHODS:
+    for method in TRAININGS:
         plan = make_plan("llama_130m", method, beside=())
         assert plan.recommended.setting.fits, method
 
 
 def test_the_name_that_invert_had():
-    with pytest.warns(FutureWarning, match="recompute='low_rank' is called 'invert' now"):
+    with pytest.warns(FutureWarning, match="method 'crnet_low_rank' is called 'crnet_invert' now"):
         plan = make_plan("llama_60m", "crnet_low_rank", beside=())
     assert {setting.policy for setting in plan.settings} == {"invert"}
     with pytest.warns(FutureWarning, match="'invert'"):

@@ -17,8 +17,8 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
-# Anyone may use these; they use nobody.
-COMMON = {"errors", "ranges", "workers"}
+# Anyone may use these; they use nobody but each other.
+COMMON = {"errors", "methods", "ranges", "workers"}
 
 
 def modules():

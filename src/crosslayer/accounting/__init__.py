@@ -8,16 +8,16 @@ from .devices import DEVICES, Device, find_device, peak_flops
 from .flops import Operations, count_operations, training_flops_per_token
 from .kept import saved_bytes
 from .memory import estimate_memory, method_of
-from .methods import METHODS, Adapter, Method
+from .methods import TRAININGS, Adapter, Method
 from .parameters import count_adapter_parameters, count_parameters, dense_counterpart
 from .shapes import SIZES, Layer, Linear, Shape, named_shape
 from .steps import PRECISIONS, Precision, Sharding, Step
 
 __all__ = [
     "DEVICES",
-    "METHODS",
     "PRECISIONS",
     "SIZES",
+    "TRAININGS",
     "Adapter",
     "Device",
     "Layer",

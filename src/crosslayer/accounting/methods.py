@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..crnet.policies import POLICIES, POLICIES_OF, RENAMED, Policy, current_name
-from ..errors import ConfigError, nearest_hint
+from ..crnet.policies import POLICIES, POLICIES_OF, Policy, current_name
+from ..methods import check_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,25 +49,24 @@ class Method:
         object.__setattr__(self, "recompute", current_name(self.recompute))
 
 
-METHODS: dict[str, tuple[str, Method]] = {
-    # name: (factorization, how it is trained)
+TRAININGS: dict[str, tuple[str, Method]] = {
     "dense": ("dense", Method()),
-    "dense_checkpointed": ("dense", Method(recompute="layers")),
+    "dense_checkpointing": ("dense", Method(recompute="layers")),
     "crnet": ("cross_layer", Method()),
     "crnet_invert": ("cross_layer", Method(recompute="invert")),
     "crnet_replay": ("cross_layer", Method(recompute="replay")),
     "crnet_reversible": ("cross_layer", Method(recompute="reversible")),
     "low_rank": ("low_rank", Method()),
     "cola": ("cola", Method()),
-    "cola_checkpointed": ("cola", Method(recompute="layers")),
+    "cola_checkpointing": ("cola", Method(recompute="layers")),
     "cola_m": ("cola", Method(recompute="cola_m")),
     "cola_invert": ("cola", Method(recompute="invert")),
     "lora": ("dense", Method(adapter=Adapter())),
     "lor2c": ("dense", Method(adapter=Adapter(kind="lor2c"))),
-    "share_lor2c": ("dense", Method(adapter=Adapter(kind="lor2c", shared=True))),
-    "merge_lor2c": ("dense", Method(adapter=Adapter(kind="lor2c", fused=1))),
-    "inject_lor2c": ("dense", Method(adapter=Adapter(kind="lor2c", injected=1))),
-    "im_lor2c": ("dense", Method(adapter=Adapter(kind="lor2c", fused=1, injected=3))),
+    "sharelor2c": ("dense", Method(adapter=Adapter(kind="lor2c", shared=True))),
+    "mergelor2c": ("dense", Method(adapter=Adapter(kind="lor2c", fused=1))),
+    "injectlor2c": ("dense", Method(adapter=Adapter(kind="lor2c", injected=1))),
+    "imlor2c": ("dense", Method(adapter=Adapter(kind="lor2c", fused=1, injected=3))),
     "relora": ("dense", Method(optimizer="relora")),
     "sltrain": ("sltrain", Method()),
     "adamw_8bit": ("dense", Method(optimizer="adamw_8bit")),
@@ -76,6 +75,7 @@ METHODS: dict[str, tuple[str, Method]] = {
     "apollo": ("dense", Method(optimizer="apollo")),
     "apollo_mini": ("dense", Method(optimizer="apollo_mini")),
 }
+"""Method (crosslayer/methods.py) -> (factorization, how it is trained)."""
 
 
 def policy_of(method: Method, factorization: str) -> Policy | None:
@@ -87,19 +87,9 @@ def policy_of(method: Method, factorization: str) -> Policy | None:
     return POLICIES[method.recompute] if is_ours else None
 
 
-def current_method(name: str) -> str:
-    """The name of a method; crnet_low_rank, which holds the name that a policy had in 0.1, is taken with a warning."""
-    family, _, policy = name.partition("_")
-    return f"{family}_{current_name(policy)}" if family == "crnet" and policy in RENAMED else name
-
-
 def named_method(name: str) -> tuple[str, Method]:
-    """(factorization, Method). Raises ConfigError for a name that is not in `METHODS`, with the nearest one."""
-    name = current_method(name)
-    if name not in METHODS:
-        hint = nearest_hint(name, METHODS)
-        raise ConfigError(f"method={name!r} is unknown{hint}; allowed: {', '.join(METHODS)}")
-    return METHODS[name]
+    """(factorization, Method). Raises ConfigError for a name that is not in `TRAININGS`, with the nearest one."""
+    return TRAININGS[check_method(name, TRAININGS)]
 
 
-__all__ = ["METHODS", "Adapter", "Method", "current_method", "named_method", "policy_of"]
+__all__ = ["TRAININGS", "Adapter", "Method", "named_method", "policy_of"]

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from .devices import Device, find_device
 from .flops import count_operations, optimizer_operations
 from .memory import estimate_memory
-from .methods import METHODS, Adapter, Method, named_method, policy_of
+from .methods import TRAININGS, Adapter, Method, named_method, policy_of
 from .parameters import count_parameters, count_trainable
 from .recipe_lines import recipe_lines
 from .shapes import SIZES, Shape, named_shape
@@ -193,7 +193,7 @@ def make_plan(
 
     Args:
         model: a name of `SIZES`, a `Shape`, or the fields of a configuration.
-        method: a name of `METHODS`; "crnet" tries all memory policies, others with and without checkpointing.
+        method: a name of `TRAININGS`; "crnet" tries all memory policies, others with and without checkpointing.
         device: a name of `DEVICES`; h100 by default.
         gpu_memory: bytes of each device; the device's own by default.
         rank: of the low-rank linears, of GaLore's and APOLLO's projections, of adapters; hidden_size // 4 (8 for
@@ -411,8 +411,8 @@ def _rank_of(shape: Shape, trained: Method, asked: int | None) -> int | None:
 
 
 __all__ = [
-    "METHODS",
     "SIZES",
+    "TRAININGS",
     "Adapter",
     "MemoryPlan",
     "Precision",

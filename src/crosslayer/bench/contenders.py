@@ -10,43 +10,43 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ..accounting.methods import current_method
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..errors import ConfigError
+from ..methods import METHODS, check_method
 
 REFERENCE = "llama"
 """transformers' own Llama: ratios are taken to it."""
 
 
 @dataclass(frozen=True)
-class Method:
+class Setup:
     """One contender: a model, and what it keeps of its activations while training.
 
     Args:
-        label: for people.
         model: "llama", or a `factorization` of CRNetConfig. Methods of one model share its weights.
         policy: memory policy of CR-Net.
         checkpointing: whether whole layers are checkpointed.
     """
 
-    label: str
     model: str
     policy: str | None = None
     checkpointing: bool = False
 
 
-METHODS = {
-    "llama": Method("transformers Llama", "llama"),
-    "dense": Method("dense", "dense"),
-    "dense_checkpointing": Method("dense + checkpointing", "dense", checkpointing=True),
-    "cola": Method("CoLA", "cola"),
-    "plain_low_rank": Method("plain low rank", "low_rank"),
-    "crnet": Method("CR-Net", "cross_layer", policy="none"),
-    "crnet_invert": Method("CR-Net, invert", "cross_layer", policy="invert"),
-    "crnet_replay": Method("CR-Net, replay", "cross_layer", policy="replay"),
-    "crnet_reversible": Method("CR-Net, reversible", "cross_layer", policy="reversible"),
+SETUPS = {
+    "llama": Setup("llama"),
+    "dense": Setup("dense"),
+    "dense_checkpointing": Setup("dense", checkpointing=True),
+    "cola": Setup("cola"),
+    "low_rank": Setup("low_rank"),
+    "crnet": Setup("cross_layer", policy="none"),
+    "crnet_invert": Setup("cross_layer", policy="invert"),
+    "crnet_replay": Setup("cross_layer", policy="replay"),
+    "crnet_reversible": Setup("cross_layer", policy="reversible"),
 }
-DEFAULT_METHODS = [name for name in METHODS if name != "plain_low_rank"]
+"""Method (crosslayer/methods.py) -> its setup."""
+
+DEFAULT_METHODS = [name for name in SETUPS if name != "low_rank"]
 DTYPES = ("float32", "bfloat16", "mixed")
 """Weights and products in one type, or float32 weights under bf16 autocast."""
 
@@ -56,7 +56,7 @@ class Contenders:
 
     Args:
         shape: fields of LlamaConfig; `rank` counts for low-rank models only.
-        methods: names of `METHODS`.
+        methods: names of `SETUPS`.
         device: where the models live.
         dtype: one of `DTYPES`.
         interval: `recompute_interval` of the policies that rebuild states.
@@ -76,23 +76,22 @@ class Contenders:
         interval: int | None = None,
         attention: str = "sdpa",
     ) -> None:
-        methods = list(dict.fromkeys(current_method(name) for name in methods))
-        unknown = [name for name in methods if name not in METHODS]
-        if unknown or not methods:
-            raise ConfigError(f"methods={', '.join(unknown) or 'none'}; choose from {', '.join(METHODS)}")
+        methods = list(dict.fromkeys(check_method(name, SETUPS) for name in methods))
+        if not methods:
+            raise ConfigError(f"methods is empty; choose from {', '.join(SETUPS)}")
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}; choose from {', '.join(DTYPES)}")
         self.shape, self.methods, self.device, self.dtype = dict(shape), methods, device, dtype
         self.interval, self.attention = interval, attention
         self._models: dict[str, PreTrainedModel] = {}
         for name in methods:
-            self._config(METHODS[name])
+            self._config(name)
 
     def model(self, name: str) -> PreTrainedModel:
         """The model of a method in training mode, switched to that method."""
-        method = METHODS[name]
+        method = SETUPS[name]
         if method.model not in self._models:
-            self._models[method.model] = self._build(method)
+            self._models[method.model] = self._build(name)
         model = self._models[method.model].train()
         if method.policy is not None:
             model.set_recompute(method.policy, self._interval(method))
@@ -122,27 +121,28 @@ class Contenders:
         generator = torch.Generator().manual_seed(1)
         return torch.randint(self.shape["vocab_size"], (batch, sequence), generator=generator).to(self.device)
 
-    def _interval(self, method: Method) -> int | None:
+    def _interval(self, method: Setup) -> int | None:
         return self.interval if method.policy not in (None, "none") else None
 
-    def _config(self, method: Method) -> LlamaConfig:
-        shape = {name: value for name, value in self.shape.items() if name != "rank" or method.model != "llama"}
+    def _config(self, name: str) -> LlamaConfig:
+        method = SETUPS[name]
+        shape = {field: value for field, value in self.shape.items() if field != "rank" or method.model != "llama"}
         try:
             if method.model == "llama":
                 return LlamaConfig(**shape)
             options = {"recompute": method.policy, "recompute_interval": self._interval(method)}
-            own: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+            own: dict[str, Any] = {field: value for field, value in options.items() if value is not None}
             return CRNetConfig(**shape, **own | {"factorization": method.model})
         except (StrictDataclassError, ValueError, ZeroDivisionError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
-            raise ConfigError(f"{method.label}: {reason}") from error
+            raise ConfigError(f"{METHODS[name]}: {reason}") from error
 
-    def _build(self, method: Method) -> PreTrainedModel:
+    def _build(self, name: str) -> PreTrainedModel:
         torch.manual_seed(0)
-        model_class = LlamaForCausalLM if method.model == "llama" else CRNetForCausalLM
+        model_class = LlamaForCausalLM if SETUPS[name].model == "llama" else CRNetForCausalLM
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
         with torch.device(self.device):
-            return model_class._from_config(self._config(method), attn_implementation=self.attention, dtype=dtype)
+            return model_class._from_config(self._config(name), attn_implementation=self.attention, dtype=dtype)
 
 
-__all__ = ["DEFAULT_METHODS", "DTYPES", "METHODS", "REFERENCE", "Contenders", "Method"]
+__all__ = ["DEFAULT_METHODS", "DTYPES", "REFERENCE", "SETUPS", "Contenders", "Setup"]

@@ -4,7 +4,8 @@ from typing import Any
 
 from ..analysis import SavedActivations, measure_saved_activations
 from ..errors import ConfigError
-from .contenders import METHODS, Contenders
+from ..methods import METHODS
+from .contenders import Contenders
 
 FLOAT32 = 4
 
@@ -16,7 +17,7 @@ def saved_by_depth(
 
     Args:
         shape: as for `Contenders`; its number of layers is replaced by each depth.
-        methods: names of `METHODS`.
+        methods: names of `SETUPS`.
         depths: numbers of layers.
         batch, sequence: of the counted forward. Bytes per token hardly depend on them.
         options: further arguments of `Contenders`. An interval above a depth counts as the depth itself.
@@ -46,7 +47,7 @@ def memory_rows(saved: dict[str, dict[int, SavedActivations]], hidden_size: int)
             raise ConfigError(f"layers={lowest} alone shows no growth; give two different depths")
         growth = by_depth[lowest].growth_per_layer(by_depth[highest])
         rows[name] = {
-            "label": METHODS[name].label,
+            "label": METHODS[name],
             "growth_bytes_per_token_and_layer": round(growth, 1),
             "growth_h": round(growth / (FLOAT32 * hidden_size), 3),
             "depths": {

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..accounting import peak_flops
 from ..analysis import measure_peak_memory
 from ..workers import initialize_worker, without_interrupts
-from .contenders import METHODS, REFERENCE, Contenders
+from .contenders import REFERENCE, SETUPS, Contenders
 
 Step = Callable[[], Any]
 
@@ -205,7 +205,7 @@ def measure_training(
         operations[name] = matrix_operations(model, ids)
         parameters[name] = sum(parameter.numel() for parameter in model.parameters())
         if not own_processes:
-            kind = METHODS[name].model
+            kind = SETUPS[name].model
             if kind not in optimizers:
                 optimizers[kind] = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
             steps[name] = training_step(model, ids, optimizers[kind], contenders.precision)
@@ -278,7 +278,7 @@ def measure_memory(contenders: Contenders, ids: torch.Tensor) -> dict[str, Any]:
 def _one_for_each_model(methods: Iterable[str]) -> list[str]:
     first: dict[str, str] = {}
     for name in methods:
-        first.setdefault(METHODS[name].model, name)
+        first.setdefault(SETUPS[name].model, name)
     return list(first.values())
 
 

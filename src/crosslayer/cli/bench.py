@@ -41,7 +41,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or mixed: float32 w
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 METHODS_HELP = """Methods: llama (transformers' own, always among them), dense, dense_checkpointing, cola, crnet (policy
-none), crnet_invert, crnet_replay, crnet_reversible, plain_low_rank."""
+none), crnet_invert, crnet_replay, crnet_reversible, low_rank."""
 
 
 @bench.command(epilog=METHODS_HELP)
@@ -211,10 +211,10 @@ def _print_memory(rows: dict[str, Any], depths: list[int], hidden_size: int, tok
 
 
 def _print_speed(methods: list[str], result: dict[str, Any]) -> None:
-    from ..bench.contenders import METHODS
+    from ..methods import METHODS
     from .common import print_grid
 
-    header, rows = [""], [[METHODS[name].label] for name in methods]
+    header, rows = [""], [[METHODS[name]] for name in methods]
     if "training" in result:
         header += ["training tokens/s", "over Llama", "by operations alone"]
     if "memory" in result:

@@ -29,7 +29,8 @@ from transformers import TrainerCallback, default_data_collator
 
 from ..accounting import count_parameters, estimate_memory, training_flops_per_token
 from ..data import DataStatistics, prepare_data
-from ..errors import ConfigError, RunInterruptedError, TrainingError, nearest_hint
+from ..errors import ConfigError, RunInterruptedError, TrainingError
+from ..methods import METHODS, method_problem
 from ..ranges import COUNT, COUNT_OR_0, out_of_range
 from ..train.memory import training_method, training_step
 from ..train.progress import LogLines
@@ -56,7 +57,6 @@ class Contender:
     `equal_parameters`: its rank is chosen so that it has as many parameters, embeddings and head aside, as CR-Net.
     """
 
-    label: str
     model: dict[str, Any]
     rates: tuple[str, ...]
     equal_parameters: bool = False
@@ -65,24 +65,21 @@ class Contender:
 
 
 CONTENDERS = {
-    "dense": Contender("dense", {"factorization": "dense"}, ("embedding", "full_rank")),
-    "crnet": Contender("CR-Net", {"factorization": "cross_layer"}, ("embedding", "low_rank", "full_rank")),
+    "dense": Contender({"factorization": "dense"}, ("embedding", "full_rank")),
+    "crnet": Contender({"factorization": "cross_layer"}, ("embedding", "low_rank", "full_rank")),
     "crnet_silu": Contender(
-        "CR-Net, silu in the increment",
         {"factorization": "cross_layer", "increment_activation": "silu"},
         ("embedding", "low_rank", "full_rank"),
     ),
-    "cola": Contender("CoLA", {"factorization": "cola"}, ("embedding", "low_rank"), True),
-    "low_rank": Contender("plain low rank", {"factorization": "low_rank"}, ("embedding", "low_rank"), True),
+    "cola": Contender({"factorization": "cola"}, ("embedding", "low_rank"), True),
+    "low_rank": Contender({"factorization": "low_rank"}, ("embedding", "low_rank"), True),
     "galore": Contender(
-        "dense, GaLore",
         {"factorization": "dense"},
         ("embedding", "full_rank"),
         optim="galore_adamw",
         package=("galore_torch", "galore-torch"),
     ),
     "apollo": Contender(
-        "dense, APOLLO",
         {"factorization": "dense"},
         ("embedding", "full_rank"),
         optim="apollo_adamw",
@@ -124,9 +121,8 @@ class Options:
     def __post_init__(self) -> None:
         problems = []
         for name in self.methods:
-            if name not in CONTENDERS:
-                hint = nearest_hint(name, CONTENDERS)
-                problems.append(f"method {name!r} is none of {', '.join(CONTENDERS)}{hint}")
+            if problem := method_problem(name, CONTENDERS):
+                problems.append(problem)
         if not self.methods:
             problems.append(f"methods is empty; choose from {', '.join(CONTENDERS)}")
         problems += out_of_range(vars(self), RANGES)
@@ -538,7 +534,7 @@ def summarize(method: str, recipe: dict[str, Any], found: dict[str, Any], runs: 
     losses = [run["loss"] for run in runs]
     complete = None not in losses
     return {
-        "label": CONTENDERS[method].label,
+        "label": METHODS[method],
         "model": recipe["model"],
         "rates": found["rates"],
         "rates_inside_grid": found["inside"],

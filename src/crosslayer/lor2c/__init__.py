@@ -10,7 +10,7 @@ from .blocks import AdaptedBlocks
 from .callback import LoR2CStructureCallback
 from .config import LoR2CConfig, LoR2CPeftType
 from .layer import LoR2CLayer
-from .methods import METHODS, lor2c_settings
+from .methods import SETTINGS, lor2c_settings
 from .model import LoR2CModel
 from .structure import Span, Structure
 
@@ -20,7 +20,7 @@ PEFT_TYPE_TO_TUNER_MAPPING[LoR2CPeftType.LOR2C] = LoR2CModel  # type: ignore[ind
 PEFT_TYPE_TO_PREFIX_MAPPING[LoR2CPeftType.LOR2C] = LoR2CModel.prefix  # type: ignore[index]
 
 __all__ = [
-    "METHODS",
+    "SETTINGS",
     "AdaptedBlocks",
     "LoR2CConfig",
     "LoR2CLayer",

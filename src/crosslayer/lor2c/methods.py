@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ..errors import ConfigError, nearest_hint
+from ..methods import check_method
 
-METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # method: (LoR2CConfig, LoR2CStructureCallback). One fuse and three injections are the best pair that the paper
     # reports for RoBERTa, from a grid of 0 to 6 each (arXiv 2503.00572).
     "lor2c": ({}, {}),
@@ -20,7 +20,5 @@ def lor2c_settings(method: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises ConfigError for an unknown method, with the nearest name.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method={method!r} is none of {', '.join(METHODS)}{nearest_hint(method, METHODS)}")
-    for_config, for_callback = METHODS[method]
+    for_config, for_callback = SETTINGS[check_method(method, SETTINGS)]
     return dict(for_config), dict(for_callback)

@@ -1,6 +1,6 @@
 """Pre-training and fine-tuning: recipes, the Trainers that run them, and the reports they leave."""
 
-from .methods import METHODS, AdapterConfig, attach
+from .methods import AdapterConfig, attach
 from .parameter_groups import ParameterGroups, optimizer_groups
 from .recipe import (
     FinetuneRecipe,
@@ -12,7 +12,6 @@ from .recipe import (
 )
 
 __all__ = [
-    "METHODS",
     "AdapterConfig",
     "FinetuneRecipe",
     "ParameterGroups",

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from ..errors import ConfigError, nearest_hint
+from ..errors import ConfigError
+from ..methods import FINETUNING, method_problem
 from ..ranges import ABOVE_0, AT_LEAST_0, COUNT, COUNT_OR_0, LENGTH, SHARE, Range, one_of, or_auto, out_of_range
 
-METHODS = ("lor2c", "sharelor2c", "mergelor2c", "injectlor2c", "imlor2c", "lora", "full", "head")
 FUSING, INJECTING = ("mergelor2c", "imlor2c"), ("injectlor2c", "imlor2c")
 _OF_CHANGES = ("interval", "interval_unit", "criterion", "survivor", "max_span")
 AUTO_SETTINGS = ("parameter_budget", "validation_budget", "auto_threshold")
@@ -49,7 +49,7 @@ RANGES = {
     "auto_threshold": SHARE,
     "head_lr_factor": ABOVE_0,
 }
-"""Field of `AdapterConfig` -> what it may be; `method` is looked up in `METHODS`."""
+"""Field of `AdapterConfig` -> what it may be; `method` is a name of methods.py."""
 
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "instruction": "CAUSAL_LM"}
 
@@ -109,17 +109,16 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.method not in METHODS:
-            hint = nearest_hint(self.method, METHODS)
-            problems.append(f"method={self.method!r} is none of {', '.join(METHODS)}{hint}")
+        if problem := method_problem(self.method, FINETUNING):
+            problems.append(problem)
         problems += out_of_range(vars(self), RANGES)
         for name, methods in (("max_fuses", FUSING), ("max_injections", INJECTING)):
             count = getattr(self, name)
-            if count is None or self.method not in METHODS:
+            if count is None or self.method not in FINETUNING:
                 continue
             if self.method not in methods:
                 problems.append(f"{name} is for {' and '.join(methods)}, not for method={self.method!r}")
-        if self.method in METHODS and self.method not in (*FUSING, *INJECTING):
+        if self.method in FINETUNING and self.method not in (*FUSING, *INJECTING):
             idle = [
                 name for name in _OF_CHANGES if getattr(self, name) != type(self).__dataclass_fields__[name].default
             ]
