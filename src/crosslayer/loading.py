@@ -4,6 +4,7 @@
 train, `load_body` one to analyse, `load_text_tokenizer` a tokenizer alone.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
 """Where a run leaves the adapter that it trained."""
 
+HEADS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+"""Kind of an adapter's task -> the Auto class of its base model."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CONFIG, ADAPTER_CONFIG, TOKENIZER = "config.json", "adapter_config.json", "tokenizer.json"
 
@@ -25,7 +29,7 @@ CONFIG, ADAPTER_CONFIG, TOKENIZER = "config.json", "adapter_config.json", "token
 def find_model(
     name: str, *, what: str = "model", holds: tuple[str, ...] = (CONFIG, ADAPTER_CONFIG, TOKENIZER), on_hub: bool = True
 ) -> str:
-    """Where a name leads: a model's folder, also inside the folder of a run, or a name for the hub.
+    """Where a name leads: the folder of a model or an adapter, also inside that of a run, or a name for the hub.
 
     Args:
         name: what a user gave.
@@ -35,13 +39,12 @@ def find_model(
 
     Raises CheckpointError for a path that leads nowhere, with the nearest one beside it, and for a folder of no model.
     """
-    path = Path(name).expanduser()
-    if has_model(path):
-        return str(path / MODEL_FOLDER)
+    path = model_folder(name)
     if path.is_dir():
         if not any((path / file).is_file() for file in holds):
+            needed = " and no ".join(file for file in holds if file != TOKENIZER)
             raise CheckpointError(
-                f"{name!r} is not a {what}: it has no {CONFIG}; give a folder that has, such as a run's {MODEL_FOLDER}/"
+                f"{name!r} is not a {what}: it has no {needed}; give a folder that has, such as a run's {MODEL_FOLDER}/"
             )
         return str(path)
     if not on_hub or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -54,37 +57,75 @@ def find_model(
     return name
 
 
+def model_folder(name: str) -> Path:
+    """The folder of a model or an adapter: itself, or that of a run's result in it."""
+    path = Path(name).expanduser()
+    if has_model(path):
+        return path / MODEL_FOLDER
+    if is_adapter(path / ADAPTER_FOLDER) and not (path / CONFIG).is_file():
+        return path / ADAPTER_FOLDER
+    return path
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
 def has_model(run: Path) -> bool:
     """Whether this is the folder of a run that holds a whole model."""
     return (run / MODEL_FOLDER / CONFIG).is_file()
 
 
 def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
-    """Model, in evaluation mode, and tokenizer of a checkpoint folder, or of a run folder that holds one.
+    """Model, in evaluation mode, and tokenizer of a checkpoint folder, of a PEFT adapter's, or of a run folder that
+    holds one.
 
-    Raises CheckpointError for a folder that is missing, is no causal language model or is truncated.
+    An adapter comes on its base model, with its own tokenizer where it has one. Raises CheckpointError for a folder
+    that is missing, is no causal language model or is truncated.
     """
+    from .data.fit import check_ids, check_special_tokens
+
+    path = find_model(folder, what="checkpoint", holds=(CONFIG, ADAPTER_CONFIG), on_hub=False)
+    has_only_adapter = is_adapter(path) and not (Path(path) / CONFIG).is_file()
+    model, tokenizer = _load_adapted(Path(path)) if has_only_adapter else _load_causal(path, folder)
+    try:
+        check_ids(tokenizer, model, repr(folder))
+        if model.config.model_type.startswith("crnet"):
+            check_special_tokens(tokenizer, model.config, repr(folder))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    return model.eval(), tokenizer
+
+
+def _load_causal(path: str, label: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
 
-    from .data.fit import check_ids, check_special_tokens
-
-    path = find_model(folder, what="checkpoint", holds=(CONFIG,), on_hub=False)
     try:
         model_type = AutoConfig.from_pretrained(path).model_type
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # weights and tokenizers that were cut off raise many kinds
-        raise CheckpointError(f"{folder!r} cannot be loaded: {first_line(error)}") from error
-    _check_complete(info["missing_keys"], f"{folder!r} ({model_type})")
+        raise CheckpointError(f"{label!r} cannot be loaded: {first_line(error)}") from error
+    _check_complete(info["missing_keys"], f"{label!r} ({model_type})")
+    return model, tokenizer
+
+
+def _load_adapted(path: Path) -> tuple[Any, Any]:
+    """A causal language model with an adapter on it, and its tokenizer. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    model = load_adapter(path, is_causal=True)
+    has_its_own = (path / "tokenizer_config.json").is_file()
+    source = str(path) if has_its_own else model.get_base_model().name_or_path
     try:
-        check_ids(tokenizer, model, repr(folder))
-        if model_type.startswith("crnet"):
-            check_special_tokens(tokenizer, model.config, repr(folder))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    return model.eval(), tokenizer
+        return model, AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise CheckpointError(
+            f"no tokenizer in {source!r} ({first_line(error)}); save it beside the adapter"
+        ) from error
 
 
 def load_saved(folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
@@ -140,8 +181,8 @@ def load_body(name: str, *, untrained: bool = False, seed: int = 0, dtype: str =
     source = find_model(name)
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        if (Path(source) / ADAPTER_CONFIG).is_file():
-            return _load_adapter(source, chosen).eval()
+        if is_adapter(source):
+            return load_adapter(source, chosen).eval()
         config = AutoConfig.from_pretrained(source)
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(
@@ -174,23 +215,64 @@ def load_text_tokenizer(name: str) -> Any:
         raise CheckpointError(f"no tokenizer in {name!r} ({first_line(error)}); name one with tokenizer") from error
 
 
-def _load_adapter(folder: str, dtype: Any) -> Any:
+def load_adapter(folder: str | Path, dtype: Any = "auto", *, is_causal: bool = False) -> Any:
+    """The base model of a PEFT adapter's folder with the adapter on it: a PeftModel; adapters are float32.
+
+    The base is where adapter_config.json says, seen from here or, for a relative path, from a folder above the adapter;
+    or a name on the hub. Raises CheckpointError for a base that cannot be loaded, an adapter that does not fit it, and
+    with `is_causal` one that is not for a causal language model or puts tokens before the text.
+    """
     import transformers
     from peft import PeftConfig, PeftModel
+    from peft.utils import get_peft_model_state_dict, load_peft_weights
 
-    config = PeftConfig.from_pretrained(folder)
-    heads = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
-    auto = getattr(transformers, heads.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel"))
-    base = auto.from_pretrained(config.base_model_name_or_path, dtype=dtype)
-    return PeftModel.from_pretrained(base, folder)
+    import crosslayer.crnet.registration
+    import crosslayer.lor2c  # noqa: F401  makes LoR2C known to PEFT
+
+    path = Path(folder)
+    label = f"adapter {str(path)!r}"
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except Exception as error:
+        raise CheckpointError(f"{label} cannot be loaded: {first_line(error)}") from error
+    task = str(getattr(config.task_type, "value", config.task_type))
+    if is_causal and (task not in ("CAUSAL_LM", "None") or config.is_prompt_learning):
+        what = f"of the kind {config.peft_type}" if config.is_prompt_learning else f"for {task}"
+        raise CheckpointError(
+            f"{label} is {what}; give one that adapts the blocks of a causal language model (LoR2C, LoRA)"
+        )
+    auto = getattr(transformers, "AutoModelForCausalLM" if is_causal else HEADS.get(task, "AutoModel"))
+    base = config.base_model_name_or_path or ""
+    try:
+        model = auto.from_pretrained(_find_base(base, path), dtype=dtype)
+    except Exception as error:
+        raise CheckpointError(
+            f"{label}: its base model {base!r} cannot be loaded ({first_line(error)}); put it there, or "
+            f"correct base_model_name_or_path in {path / ADAPTER_CONFIG}"
+        ) from error
+    try:
+        adapted = PeftModel.from_pretrained(model, str(path))
+        needed = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        missing = needed - load_peft_weights(str(path)).keys()
+    except Exception as error:
+        raise CheckpointError(f"{label} cannot be put on its base model {base!r}: {first_line(error)}") from error
+    _check_complete(missing, label, f"of another model than {base!r}")
+    return adapted
 
 
-def _check_complete(missing_keys: Any, label: str) -> None:
+def _find_base(name: str, adapter: Path) -> str:
+    above = [] if Path(name).expanduser().is_absolute() else [str(up / name) for up in adapter.resolve().parents]
+    places = [name, *above] if name else []
+    found = [place for place in map(model_folder, places) if (place / CONFIG).is_file()]
+    return str(found[0]) if found else name
+
+
+def _check_complete(missing_keys: Iterable[str], label: str, otherwise: str = "of another model") -> None:
     """Raises CheckpointError where weights of the model are not in the file."""
     missing = sorted(missing_keys)
     if missing:
         raise CheckpointError(
-            f"{label} lacks {len(missing)} weights, the first of them {missing[0]}; it is truncated or of another model"
+            f"{label} lacks {len(missing)} weights, the first of them {missing[0]}; it is truncated or {otherwise}"
         )
 
 
@@ -200,9 +282,12 @@ __all__ = [
     "MODEL_FOLDER",
     "find_model",
     "has_model",
+    "is_adapter",
+    "load_adapter",
     "load_body",
     "load_checkpoint",
     "load_pretrained",
     "load_saved",
     "load_text_tokenizer",
+    "model_folder",
 ]
