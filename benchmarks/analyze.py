@@ -68,7 +68,7 @@ def main() -> None:
         arguments = ["-m", "crosslayer", "analyze", options.model, "--data", options.data, "--max_tokens", tokens]
         analysis = measure([*arguments, "--batch_size", size, "--output_dir", folder], options.threads)
         spectra = json.loads((Path(folder) / "spectra.json").read_text())
-    from crosslayer.train.run import describe_run
+    from crosslayer.provenance import describe_run
 
     command = f"python benchmarks/analyze.py MODEL --data FILE --max_tokens {tokens} --batch_size {size}"
     content = {

@@ -177,7 +177,8 @@ def main() -> None:
     import torch
 
     from crosslayer.cli.common import quiet_libraries
-    from crosslayer.train.run_folder import describe_run, write_json
+    from crosslayer.provenance import describe_run
+    from crosslayer.train.run_folder import write_json
 
     torch.set_num_threads(1)
     quiet_libraries()
@@ -188,7 +189,7 @@ def main() -> None:
     rows = [measure(name, options) for name in names]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/lor2c_cost.py --model FOLDER"
-    write_json(options.out, {"run": {**describe_run(), "command": command}, "rows": rows})
+    write_json(options.out, {"run": describe_run(command), "rows": rows})
     print(
         "| model | method | trained parameters | CPU seconds a step (p20 to p80) | saved, MiB | peak RSS above the "
         "model, MiB |"

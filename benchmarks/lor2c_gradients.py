@@ -59,7 +59,8 @@ def main() -> None:
 
     from crosslayer.analysis.adapters import GradientRecorder, SFSRecorder, draw_gradient_ratio, draw_sfs
     from crosslayer.cli.common import quiet_libraries
-    from crosslayer.train.run_folder import describe_run, write_json
+    from crosslayer.provenance import describe_run
+    from crosslayer.train.run_folder import write_json
     from result_file import command_of, describe_model
 
     quiet_libraries()
@@ -78,7 +79,7 @@ def main() -> None:
             "what": "root mean square of the adapter's gradient per block, mean over the steps",
             "model": describe_model(options.model),
             "settings": settings,
-            "run": {**describe_run(), "command": command_of("lor2c_gradients.py", settings)},
+            "run": describe_run(command_of("lor2c_gradients.py", settings)),
             "metrics": metrics,
             "gradient": {"lor2c": lor2c, "lora": lora},
             "gradient_by_step": {method: recorder.magnitudes for method, recorder in recorders.items()},

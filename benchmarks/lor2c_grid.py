@@ -100,7 +100,8 @@ def main() -> None:
     from transformers import AutoConfig
 
     from crosslayer.cli.common import quiet_libraries
-    from crosslayer.train.run_folder import describe_run, read_json, write_json
+    from crosslayer.provenance import describe_run
+    from crosslayer.train.run_folder import read_json, write_json
     from result_file import command_of, describe_model
 
     quiet_libraries()
@@ -122,7 +123,7 @@ def main() -> None:
         if any((cell["fuses"], cell["injections"]) == (fuses, injections) for cell in cells):
             continue
         cells.append(run_cell(fuses, injections, options))
-        run = {**describe_run(), "command": f"{command_of('lor2c_grid.py', settings)} --auto"}
+        run = describe_run(f"{command_of('lor2c_grid.py', settings)} --auto")
         content = {"model": describe_model(options.model), "settings": settings, "run": run, "cells": cells}
         write_json(options.out, content)
         print(

@@ -152,7 +152,7 @@ class Results:
         return next((run for run in self.runs if all(run.get(name) == value for name, value in key.items())), None)
 
     def add(self, run: dict) -> None:
-        from crosslayer.train.run_folder import describe_run
+        from crosslayer.provenance import describe_run
 
         self.runs.append(run)
         content = {
@@ -160,7 +160,7 @@ class Results:
             "model": {"package": PACKAGE, "sha256": WEIGHTS_SHA256},
             "methods": METHODS,
             "explanations": EXPLANATIONS,
-            "run": {**describe_run(), "command": "python benchmarks/lor2c_minilm.py --glue DIR"},
+            "run": describe_run("python benchmarks/lor2c_minilm.py --glue DIR"),
             "runs": self.runs,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -195,7 +195,7 @@ def main() -> None:
 
     started = time.time()
     from crosslayer.data import prepare_data
-    from crosslayer.train.run_folder import describe_run
+    from crosslayer.provenance import describe_run
 
     prepared = prepare_data(build("crnet", START, 0, FINAL_STEPS, options).data)
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
@@ -242,7 +242,7 @@ def main() -> None:
             "vocabulary": prepared.statistics.vocab_size,
             "validation_tokens": prepared.statistics.validation.tokens,
         },
-        "run": {**describe_run(), "command": "python benchmarks/quality.py --train FILE --validation FILE"},
+        "run": describe_run("python benchmarks/quality.py --train FILE --validation FILE"),
         "wall_seconds_of_this_call": round(time.time() - started),
         "methods": summary,
     }

@@ -157,7 +157,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     from crosslayer.cli.common import quiet_libraries
-    from crosslayer.train.run import describe_run
+    from crosslayer.provenance import describe_run
 
     quiet_libraries()
     suggestion = suggest(options)
@@ -189,7 +189,7 @@ def main() -> None:
             }
             for name, runs in results.items()
         },
-        "run": {**describe_run(), "command": "python benchmarks/rank_suggestion.py --train FILE --validation FILE"},
+        "run": describe_run("python benchmarks/rank_suggestion.py --train FILE --validation FILE"),
     }
     write(options.out, content)
     for name, row in content["choices"].items():

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +28,12 @@ class ResultFile:
         if name in self and not self.redo:
             print(f"{name}: there already (--redo measures again)")
             return self[name]
-        from crosslayer.train.run_folder import describe_run  # slow to import, and not needed to read
+        from crosslayer.provenance import describe_run, script_command  # slow to import, and not needed to read
 
         print(f"{name} ...", flush=True)
         started = time.perf_counter()
         found = measure()
-        run = {**describe_run(), "command": " ".join(["python", *sys.argv])}
+        run = describe_run(script_command())
         self.content["sections"][name] = {**found, "seconds": round(time.perf_counter() - started, 1), "run": run}
         self.save()
         return self[name]

@@ -10,7 +10,6 @@ of 256 tokens, as in the default recipe; `--batch` takes another number.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from crosslayer.bench.contenders import Contenders
 from crosslayer.bench.speed import matrix_operations, take_turns, training_rows, training_step
 from crosslayer.crnet import CrossLayerLinear
 from crosslayer.methods import METHODS
-from crosslayer.train.run_folder import describe_run
+from crosslayer.provenance import describe_run, script_command
 
 SHAPE = {
     "vocab_size": 1024,
@@ -92,7 +91,7 @@ def main() -> None:
         "shape": {**SHAPE, "batch": options.batch, "sequence": options.sequence, "rank": SHAPE["hidden_size"] // 4},
         "steps": options.steps,
         "threads": options.threads,
-        "run": {**describe_run(), "command": " ".join(["python", *sys.argv])},
+        "run": describe_run(script_command()),
         "contenders": rows,
         "seconds_per_step_by_operator": {name: where_time_goes(steps[name]) for name in (reference, "CR-Net", "CoLA")},
     }

@@ -1,5 +1,6 @@
 """`crosslayer compare`: the search for learning rates, equal parameters, resuming, the files it leaves, wrong input."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ from crosslayer.accounting import count_parameters
 from crosslayer.cli import main
 from crosslayer.compare import CONTENDERS, Job, Options, compare, has_worse_neighbours, recipe_of, search_rates
 from crosslayer.compare import comparison as comparing
+from crosslayer.compare.runs import content_of
 from crosslayer.errors import ConfigError, TrainingError
 from crosslayer.train import build_recipe
 from crosslayer.train.memory import training_method
@@ -89,7 +91,7 @@ def test_run_of_a_method_has_its_rates_and_shortened_warmup(tmp_path):
     rates = {"embedding": 1e-2, "low_rank": 4e-3, "full_rank": 5e-4}
     settings = {"seed": 9, "steps": 6, "validation_blocks": 4, "whole_validation": True}
     job = Job(method="crnet", recipe=recipe_of("crnet", base), rates=rates, **settings)
-    content = comparing.content_of(job)
+    content = content_of(job)
     groups, training = content["parameter_groups"], content["training"]
     rate = training["learning_rate"]
     assert groups["embedding_lr_factor"] * rate == pytest.approx(1e-2)
@@ -221,7 +223,7 @@ def test_wrong_options(wrong, message):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(comparing.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="method galore needs a package that is missing: pip install galore-torch"):
         Options(methods=("galore",))
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..provenance import Provenance
 from .ranks import SuggestedRanks
 from .spectra import Spectra
 from .summary import compare, summarise
 
 
 def write_analysis(
-    folder: Path, spectra: Spectra, what: dict[str, str], run: dict[str, Any], suggested: SuggestedRanks | None = None
+    folder: Path, spectra: Spectra, what: dict[str, str], run: Provenance, suggested: SuggestedRanks | None = None
 ) -> tuple[dict[str, Any], str]:
     """One model: curves.png, maps.png and, with suggested ranks, ranks.png. Returns the JSON and the summary."""
     content = {**what, **spectra.to_dict(), "suggested": suggested.to_dict() if suggested else None, "run": run}
@@ -29,7 +30,7 @@ def write_analysis(
 
 
 def write_comparison(
-    folder: Path, before: Spectra, after: Spectra, what: dict[str, str], run: dict[str, Any]
+    folder: Path, before: Spectra, after: Spectra, what: dict[str, str], run: Provenance
 ) -> tuple[dict[str, Any], str]:
     """Two models: comparison.png. Returns the JSON and the summary. Raises ConfigError where they do not match."""
     words = compare(before, after, what)

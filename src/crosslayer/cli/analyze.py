@@ -139,7 +139,7 @@ def analyze(
 
     # Imported late: they weigh as much as a small model, which is gone by now.
     from ..analysis.results import make_folder, write_analysis, write_comparison
-    from ..train.run import describe_run
+    from ..provenance import describe_run
 
     what = {"text": data if source.data == "python-library" else Path(data).name, "device": place, "dtype": dtype}
     if untrained:

@@ -177,7 +177,7 @@ def _contenders(shape, methods: str | None, interval: int | None, dtype: str, de
 
 
 def _context(what: str, contenders: "Contenders", batch: int, sequence: int) -> dict[str, Any]:
-    from ..train.run_folder import describe_run
+    from ..provenance import describe_run
 
     return {
         "what": what,

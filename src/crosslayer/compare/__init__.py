@@ -1,10 +1,17 @@
 """Several methods at equal data, tokens, shape and tuning effort, and what came of it."""
 
-from .comparison import CONTENDERS, Job, Options, compare, has_worse_neighbours, markdown_table, recipe_of, search_rates
+from .comparison import compare
+from .options import CONTENDERS, Options
+from .recipes import recipe_of
+from .report import Comparison, MethodResult, markdown_table
+from .runs import Job
+from .tuning import has_worse_neighbours, search_rates
 
 __all__ = [
     "CONTENDERS",
+    "Comparison",
     "Job",
+    "MethodResult",
     "Options",
     "compare",
     "has_worse_neighbours",

@@ -57,6 +57,10 @@ class DataStatistics:
     cache_hit: bool
     """True when the blocks were found in the cache, so that nothing was tokenised."""
 
+    def describe(self) -> dict[str, Any]:
+        """For the report of a run: all but where the cache lies, which says nothing about it."""
+        return {name: value for name, value in asdict(self).items() if name not in ("cache_path", "cache_hit")}
+
 
 @dataclass(kw_only=True, frozen=True)
 class PreparedData:

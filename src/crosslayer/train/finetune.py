@@ -32,6 +32,7 @@ from ..data.tasks import Task, load_task, tokenize
 from ..errors import CheckpointError, ConfigError, RunInterruptedError, TrainingError
 from ..evaluate.task_metrics import check_metrics_available
 from ..loading import ADAPTER_FOLDER, MODEL_FOLDER, load_pretrained
+from ..provenance import describe_run
 from .finetune_report import FinetuneReport, write_finetune_report
 from .methods import AdapterConfig, Attached, attach, count_trained, head_parameters
 from .progress import shows_bars
@@ -49,7 +50,6 @@ from .resume import (
 )
 from .run_folder import (
     check_output_dir,
-    describe_run,
     is_main_process,
     peak_memory_bytes,
     prepare_output_dir,

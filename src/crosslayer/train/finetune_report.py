@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.structure_plot import draw_structure
+from ..provenance import Provenance
 
 
 @dataclass(kw_only=True)
@@ -13,7 +14,7 @@ class FinetuneReport:
     """Everything a run measured."""
 
     recipe: dict[str, Any]
-    run: dict[str, Any]
+    run: Provenance
     plan: dict[str, Any]
     seed: int
     before: dict[str, Any] | None

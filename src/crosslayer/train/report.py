@@ -8,6 +8,7 @@ from typing import Any
 from ..accounting import count_parameters
 from ..crnet import CRNetConfig
 from ..crnet.families import family_of
+from ..provenance import Provenance
 
 DEFINITION = (
     "Perplexity is exp of the mean negative log-likelihood over every token of the validation split, documents kept "
@@ -20,7 +21,7 @@ class RunReport:
     """Everything a run measured. `model` and `tokenizer` are there for the caller, not for the file."""
 
     recipe: dict[str, Any]
-    run: dict[str, Any]
+    run: Provenance
     plan: dict[str, Any]
     data: dict[str, Any]
     seed: int

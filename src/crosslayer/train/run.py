@@ -26,6 +26,7 @@ from ..data.fit import check_special_tokens, ids_needed
 from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, CrossLayerError, RunInterruptedError, TrainingError
 from ..loading import MODEL_FOLDER, has_model, load_saved
+from ..provenance import describe_run
 from .memory import choose_recompute, training_method, training_step
 from .progress import shows_bars
 from .recipe import Recipe, load_recipe
@@ -43,7 +44,6 @@ from .resume import (
 )
 from .run_folder import (
     check_output_dir,
-    describe_run,
     is_main_process,
     peak_memory_bytes,
     prepare_output_dir,
@@ -393,6 +393,4 @@ def earlier_recipe(output_dir: Path) -> dict[str, Any]:
 
 
 def _describe_data(recipe: Recipe, statistics: DataStatistics) -> dict[str, Any]:
-    # Where the cache lies says nothing about the run.
-    described = {k: v for k, v in asdict(statistics).items() if k not in ("cache_path", "cache_hit")}
-    return {"source": printable(recipe.data.data), **described}
+    return {"source": printable(recipe.data.data), **statistics.describe()}

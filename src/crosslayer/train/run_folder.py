@@ -6,19 +6,16 @@ output_dir/
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
 from ..errors import CheckpointError, ConfigError
+from ..provenance import describe_run
 
 RUN_FILE = "run.json"
 
@@ -65,45 +62,6 @@ def prepare_output_dir(
         write_json(output_dir / RUN_FILE, {**describe_run(), "plan": asdict(plan), "fingerprints": fingerprints})
     except OSError as error:
         raise CheckpointError(f"{output_dir} cannot be written: {error.strerror}; choose another folder") from None
-
-
-def describe_run() -> dict[str, Any]:
-    """Command, versions and device: what it takes to repeat a number."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {
-        "command": "crosslayer " + " ".join(sys.argv[1:]) if Path(sys.argv[0]).stem == "crosslayer" else None,
-        "crosslayer": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-    }
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that this package runs from, "+" where files differ from it; None outside a checkout."""
-    folder = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "errors.py")  # a package installed below someone else's checkout is not it
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,0 +1,93 @@
+"""Which methods are compared, and how: each one's changes to a recipe, and the options of a comparison."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from ..methods import method_problem
+from ..ranges import COUNT, COUNT_OR_0, out_of_range
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method: its changes to the recipe, and the learning rates that are tuned, the most important first.
+
+    `equal_parameters`: its rank is chosen so that it has as many parameters, embeddings and head aside, as CR-Net.
+    """
+
+    model: dict[str, Any]
+    rates: tuple[str, ...]
+    equal_parameters: bool = False
+    optim: str | None = None
+    package: tuple[str, str] | None = None  # (module, what to install)
+
+
+CONTENDERS = {
+    "dense": Contender({"factorization": "dense"}, ("embedding", "full_rank")),
+    "crnet": Contender({"factorization": "cross_layer"}, ("embedding", "low_rank", "full_rank")),
+    "crnet_silu": Contender(
+        {"factorization": "cross_layer", "increment_activation": "silu"},
+        ("embedding", "low_rank", "full_rank"),
+    ),
+    "cola": Contender({"factorization": "cola"}, ("embedding", "low_rank"), True),
+    "low_rank": Contender({"factorization": "low_rank"}, ("embedding", "low_rank"), True),
+    "galore": Contender(
+        {"factorization": "dense"},
+        ("embedding", "full_rank"),
+        optim="galore_adamw",
+        package=("galore_torch", "galore-torch"),
+    ),
+    "apollo": Contender(
+        {"factorization": "dense"},
+        ("embedding", "full_rank"),
+        optim="apollo_adamw",
+        package=("apollo_torch", "apollo-torch"),
+    ),
+}
+DEFAULT_METHODS = ("dense", "crnet", "cola", "low_rank")
+
+
+RANGES = {
+    **dict.fromkeys(("seeds", "tuning_steps", "validation_blocks", "workers"), COUNT),
+    "tuning_runs": COUNT_OR_0,
+}
+"""Field of `Options` -> what it may be."""
+
+
+@dataclass(kw_only=True)
+class Options:
+    """How a comparison is made. Raises ConfigError, naming every field that is wrong."""
+
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """Names of `CONTENDERS`."""
+
+    seeds: int = 3
+    """Runs of each method with its best rates: the recipe's seed and the numbers after it, for weights and order."""
+
+    tuning_runs: int = 9
+    """Most runs that the search for the learning rates of one method may take; 0 keeps the recipe's rates."""
+
+    tuning_steps: int | None = None
+    """Steps of such a run; None = a quarter of the recipe's."""
+
+    validation_blocks: int = 128
+    """Blocks behind the curves and the search; the final loss is of the whole validation split."""
+
+    workers: int | None = None
+    """Runs beside one another; None = as many as torch has threads on a CPU, one on CUDA."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in self.methods:
+            if problem := method_problem(name, CONTENDERS):
+                problems.append(problem)
+        if not self.methods:
+            problems.append(f"methods is empty; choose from {', '.join(CONTENDERS)}")
+        problems += out_of_range(vars(self), RANGES)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        for name in self.methods:
+            package = CONTENDERS[name].package
+            if package is not None and importlib.util.find_spec(package[0]) is None:
+                raise ConfigError(f"method {name} needs a package that is missing: pip install {package[1]}")
