@@ -41,7 +41,7 @@ def build(model: dict, seed: int, options):
                 "block_size": BLOCK_SIZE,
                 "cache_dir": str(options.work / "cache"),
             },
-            # The rates that the quality study (benchmarks/quality.py) found for CR-Net: 3.2e-2, 2.5e-4 and 2e-3.
+            # The rates that the quality study (docs/crnet.md) found for CR-Net: 3.2e-2, 2.5e-4 and 2e-3.
             "parameter_groups": {"embedding_lr_factor": 16.0, "full_rank_lr_factor": 0.125},
             "training": {
                 "max_steps": STEPS,

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_run import write_texts
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -271,30 +269,3 @@ def test_eight_bit_adamw(script):
     optimizer.step()
     states = [v for k, v in optimizer.state[parameter].items() if torch.is_tensor(v) and not k.startswith("qmap")]
     assert sum(state.nbytes for state in states) == seven.STATE_BYTES * parameter.numel()
-
-
-# quality
-
-
-@pytest.mark.slow
-def test_quality_tunes_and_goes_on(script, tmp_path, monkeypatch):
-    quality = script("quality")
-    texts = [path.read_text() for path in sorted(write_texts(tmp_path / "texts", 120).iterdir())]
-    for name, part in (("train", texts[:100]), ("validation", texts[100:])):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
-        (tmp_path / f"{name}.jsonl").write_text(lines)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    small = {"SHAPE": shape, "VOCABULARY": 300, "BLOCK_SIZE": 32, "TUNING_STEPS": 2, "FINAL_STEPS": 3}
-    for name, value in {**small, "MAX_TUNING_RUNS": 4}.items():
-        monkeypatch.setattr(quality, name, value)
-    options = argparse.Namespace(
-        train=tmp_path / "train.jsonl", validation=tmp_path / "validation.jsonl", work=tmp_path / "work"
-    )
-    rates, inside, runs = quality.tune("dense", options)
-    assert len(runs) == 4
-    assert rates.keys() == inside.keys() == {"embedding", "full_rank"}
-    assert min(run["loss"] for run in runs) == next(run["loss"] for run in runs if run["rates"] == rates)
-    made = sorted((tmp_path / "work" / "runs").iterdir())
-    assert quality.tune("dense", options)[0] == rates
-    assert sorted((tmp_path / "work" / "runs").iterdir()) == made
-    assert quality.finals("dense", rates, 0, options)["loss"] > 0
