@@ -164,28 +164,31 @@ def _train(
         ) from None
     history = list(trainer.state.log_history)
     after = trainer.evaluate()  # of the best checkpoint, which is the model now
-    report = FinetuneReport(
-        recipe=recipe.to_dict(),
-        run=describe_run(),
-        plan=asdict(plan),
-        seed=arguments.seed,
-        before=before,
-        after=after,
-        steps=trainer.state.global_step,
-        best_step=trainer.state.best_global_step if trainer.state.best_model_checkpoint else None,
-        trained=count_trained(attached.model),
-        structure=attached.history,
-        blocks=number_of_blocks(attached.model),
-        peak_memory_bytes=peak_memory_bytes(arguments.device),
-        seconds=time.perf_counter() - started,
-        history=history,
-    )
+    seconds, peak = time.perf_counter() - started, peak_memory_bytes(arguments.device)
+    samples: list[dict[str, str]] = []
     try:
         trainer.save_model(str(output_dir / (ADAPTER_FOLDER if recipe.adapter.is_peft else MODEL_FOLDER)))
         if task.kind == "instruction":
             from .instruct import sample_answers
 
-            report.samples = sample_answers(attached.model, tokenizer, task.validation)
+            samples = sample_answers(attached.model, tokenizer, task.validation)
+        report = FinetuneReport(
+            recipe=recipe.to_dict(),
+            run=describe_run(),
+            plan=asdict(plan),
+            seed=arguments.seed,
+            before=before,
+            after=after,
+            steps=trainer.state.global_step,
+            best_step=trainer.state.best_global_step if trainer.state.best_model_checkpoint else None,
+            trained=count_trained(attached.model),
+            structure=attached.history,
+            blocks=number_of_blocks(attached.model),
+            peak_memory_bytes=peak,
+            seconds=seconds,
+            history=history,
+            samples=samples,
+        )
         if arguments.should_save:
             write_finetune_report(output_dir, report)
     except OSError as error:

@@ -9,7 +9,7 @@ from ..analysis.structure_plot import draw_structure
 from ..provenance import Provenance
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class FinetuneReport:
     """Everything a run measured."""
 

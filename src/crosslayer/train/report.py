@@ -16,17 +16,23 @@ DEFINITION = (
 )
 
 
-@dataclass(kw_only=True)
-class RunReport:
-    """Everything a run measured. `model` and `tokenizer` are there for the caller, not for the file."""
+@dataclass(kw_only=True, frozen=True)
+class RunFacts:
+    """What is known of a run before its first step."""
 
     recipe: dict[str, Any]
     run: Provenance
     plan: dict[str, Any]
     data: dict[str, Any]
     seed: int
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunReport(RunFacts):
+    """Everything a run measured. `model` and `tokenizer` are there for the caller, not for the file."""
+
     before: dict[str, Any] | None
-    after: dict[str, Any] | None
+    after: dict[str, Any]
     steps: int
     tokens: int
     tokens_per_s: float | None
@@ -52,7 +58,7 @@ class RunReport:
                 f"{body / 1e6:.2f}M of {dense_body / 1e6:.2f}M ({body / dense_body:.0%})",
             ),
         ]
-        if self.before and self.after:
+        if self.before:
             for label, key, digits in (
                 ("validation perplexity", "eval_perplexity", 2),
                 ("validation bits per byte", "eval_bits_per_byte", 3),
@@ -105,15 +111,15 @@ def draw_loss(path: Path, report: RunReport) -> bool:
     return True
 
 
-def write_card(folder: Path, config: CRNetConfig, report: RunReport) -> None:
-    """The model card (README.md) of a checkpoint folder."""
+def write_card(folder: Path, config: CRNetConfig, report: RunFacts) -> None:
+    """The model card (README.md) of a checkpoint folder: with the results where `report` is a RunReport."""
     from huggingface_hub import ModelCard, ModelCardData
 
     counts = count_parameters(config)
     parameters, dense = sum(counts.values()), report.plan["dense_parameters"]
-    result = report.after
     quality = "Not evaluated yet: a checkpoint of a run under way."
-    if result:
+    if isinstance(report, RunReport):
+        result = report.after
         quality = f"Validation perplexity {result['perplexity']:.2f} over {result['tokens']:,} tokens"
         if result["bits_per_byte"] is not None:
             quality += f", {result['bits_per_byte']:.3f} bits per byte"

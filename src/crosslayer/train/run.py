@@ -30,7 +30,7 @@ from ..provenance import describe_run
 from .memory import choose_recompute, training_method, training_step
 from .progress import shows_bars
 from .recipe import Recipe, load_recipe
-from .report import RunReport, write_card, write_report
+from .report import RunFacts, RunReport, write_card, write_report
 from .resume import (
     changes_of_section,
     changes_of_training,
@@ -254,11 +254,11 @@ def pretrain(
 
     started = time.perf_counter()
     with nothing_left_behind(output_dir):
-        trainer, report = _make_trainer(recipe, config, prepared, arguments, plan, output_dir)
+        trainer, facts = _make_trainer(recipe, config, prepared, arguments, plan, output_dir)
         trainer.check_optimizer(plan.steps)
     if is_main_process():
         prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
-    return _train(trainer, report, output_dir, checkpoint, started)
+    return _train(trainer, facts, output_dir, checkpoint, started)
 
 
 def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir: Path) -> list[str]:
@@ -289,25 +289,17 @@ def _make_trainer(
     arguments: "TrainingArguments",
     plan: Plan,
     output_dir: Path,
-) -> tuple[PretrainTrainer, RunReport]:
-    """The Trainer of a run, and its report as far as it is known."""
+) -> tuple[PretrainTrainer, RunFacts]:
+    """The Trainer of a run, and what is known of it."""
     from transformers import default_data_collator
 
     model = build_model(config, arguments.seed)
-    report = RunReport(
+    facts = RunFacts(
         recipe=recipe.to_dict(),
         run=describe_run(),
         plan=asdict(plan),
         data=_describe_data(recipe, prepared.statistics),
         seed=arguments.seed,
-        before=None,
-        after=None,
-        steps=0,
-        tokens=0,
-        tokens_per_s=None,
-        peak_memory_bytes=0,
-        seconds=0.0,
-        history=[],
     )
     trainer = PretrainTrainer(
         model=model,
@@ -319,14 +311,14 @@ def _make_trainer(
         parameter_groups=recipe.parameter_groups,
         block_size=recipe.data.block_size,
         validation_bytes=prepared.statistics.validation.bytes,
-        write_card=lambda folder: write_card(folder, config, report),
+        write_card=lambda folder: write_card(folder, config, facts),
         health_file=output_dir / HEALTH_FILE,
     )
-    return trainer, report
+    return trainer, facts
 
 
 def _train(
-    trainer: PretrainTrainer, report: RunReport, output_dir: Path, checkpoint: Path | None, started: float
+    trainer: PretrainTrainer, facts: RunFacts, output_dir: Path, checkpoint: Path | None, started: float
 ) -> RunReport:
     before = None if checkpoint is None else read_json(output_dir / "before.json")
     if before is None:
@@ -347,16 +339,22 @@ def _train(
     # Resumed after its last step, or other weights now than at the last evaluation.
     if trainer.last_evaluation is None or trainer.args.load_best_model_at_end:
         trainer.evaluate()
-    report.before, report.after = before, trainer.last_evaluation
-    report.steps = trainer.state.global_step
-    report.tokens = int(trainer.state.num_input_tokens_seen)
-    throughput = trainer.throughput
-    if throughput.total_seconds:
-        report.tokens_per_s = throughput.total_tokens / throughput.total_seconds
-    report.peak_memory_bytes = peak_memory_bytes(trainer.args.device)
-    report.seconds = time.perf_counter() - started
-    report.history = trainer.state.log_history
-
+    assert trainer.last_evaluation is not None
+    throughput, config = trainer.throughput, trainer.accelerator.unwrap_model(trainer.model).config
+    report = RunReport(
+        **vars(facts),
+        before=before,
+        after=trainer.last_evaluation,
+        steps=trainer.state.global_step,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        tokens_per_s=throughput.total_tokens / throughput.total_seconds if throughput.total_seconds else None,
+        peak_memory_bytes=peak_memory_bytes(trainer.args.device),
+        seconds=time.perf_counter() - started,
+        history=trainer.state.log_history,
+        model=trainer.model,
+        tokenizer=trainer.processing_class,
+    )
+    trainer.write_card = lambda folder: write_card(folder, config, report)
     try:
         trainer.save_model(str(output_dir / MODEL_FOLDER))
         if trainer.args.should_save:
@@ -365,8 +363,6 @@ def _train(
         raise TrainingError(
             f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"
         ) from error
-    report.model = trainer.model
-    report.tokenizer = trainer.processing_class
     return report
 
 
@@ -375,13 +371,12 @@ def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:
     content = read_json(output_dir / "report.json")
     if not is_finished(content, plan.steps, output_dir) or not has_model(output_dir):
         return None
-    report = RunReport(**content)
     try:
-        report.model, report.tokenizer = load_saved(output_dir / MODEL_FOLDER)
+        model, tokenizer = load_saved(output_dir / MODEL_FOLDER)
     except CheckpointError as error:
         _log.warning("%s; it is made anew", error)
         return None
-    return report
+    return RunReport(**content, model=model, tokenizer=tokenizer)
 
 
 def earlier_recipe(output_dir: Path) -> dict[str, Any]:
