@@ -16,8 +16,6 @@ from ..errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-MODEL_FOLDER = "model"
-
 # PEFT imports it wherever it is installed, and it asks for kernels that nobody needs here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -56,37 +54,43 @@ def quiet_libraries() -> None:
 
 
 def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
-    """Model and tokenizer of a checkpoint folder, or of a run folder that holds one.
+    """Model and tokenizer of a checkpoint folder, of a PEFT adapter's, or of a run folder that holds one.
 
-    Raises CheckpointError for a folder that is missing, is no causal language model or is truncated.
+    An adapter comes on its base model, with its own tokenizer where it has one. Raises CheckpointError for a folder
+    that is missing, is no causal language model or is truncated.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
 
+    from ..analysis.loading import is_adapter, model_folder
     from ..data.fit import check_ids, check_special_tokens
 
-    path = Path(folder)
-    if (path / MODEL_FOLDER / "config.json").is_file():
-        path = path / MODEL_FOLDER
+    path = model_folder(folder)
     if not path.is_dir():
         near = difflib.get_close_matches(path.name, _siblings(path), n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the folder that a run wrote"
         raise CheckpointError(f"checkpoint {folder!r} does not exist{hint}")
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{folder!r} is not a checkpoint: it has no config.json; give a run's model/ folder")
-    try:
-        model_type = AutoConfig.from_pretrained(path).model_type
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise CheckpointError(f"{folder!r} cannot be loaded: {_first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if is_adapter(path) and not (path / "config.json").is_file():
+        model, tokenizer = _load_adapter(path)
+        model_type = model.config.model_type
+    elif not (path / "config.json").is_file():
         raise CheckpointError(
-            f"{folder!r} ({model_type}) lacks {len(missing)} weights, the first of them {missing[0]}; it is truncated "
-            "or of another model"
+            f"{folder!r} is not a checkpoint: it has no config.json and no adapter_config.json; give a run's folder"
         )
+    else:
+        try:
+            model_type = AutoConfig.from_pretrained(path).model_type
+            model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except Exception as error:
+            raise CheckpointError(f"{folder!r} cannot be loaded: {_first_line(error)}") from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise CheckpointError(
+                f"{folder!r} ({model_type}) lacks {len(missing)} weights, the first of them {missing[0]}; it is "
+                "truncated or of another model"
+            )
     try:
         check_ids(tokenizer, model, repr(folder))
         if model_type.startswith("crnet"):
@@ -94,6 +98,23 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     return model.eval(), tokenizer
+
+
+def _load_adapter(path: Path) -> tuple[Any, Any]:
+    """A causal language model with an adapter on it, and its tokenizer. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    from ..analysis.loading import load_adapter
+
+    model = load_adapter(path, is_causal=True)
+    has_its_own = (path / "tokenizer_config.json").is_file()
+    source = str(path) if has_its_own else model.get_base_model().name_or_path
+    try:
+        return model, AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise CheckpointError(
+            f"no tokenizer in {source!r} ({_first_line(error)}); save it beside the adapter"
+        ) from error
 
 
 def help_without_arguments(context: typer.Context) -> None:

@@ -6,7 +6,7 @@ import typer
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or of a run.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a model, of an adapter, or of a run.")],
     data: Annotated[
         str, typer.Option(help="python-library, a file, a folder, or hf:owner/name[:config].")
     ] = "python-library",

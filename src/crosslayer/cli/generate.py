@@ -7,7 +7,7 @@ import typer
 
 
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or of a run.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a model, of an adapter, or of a run.")],
     prompt: Annotated[str, typer.Option(help="Start of the text.")] = "",
     max_new_tokens: Annotated[
         int | None,

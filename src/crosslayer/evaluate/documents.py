@@ -111,5 +111,7 @@ def _forward(model: nn.Module, **inputs: Any) -> torch.Tensor:
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    parameters = inspect.signature(model.forward).parameters
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    base = unwrap()  # the forward of an adapter takes anything
+    parameters = inspect.signature(base.forward).parameters
     return name in parameters or any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
