@@ -104,7 +104,7 @@ def _read(base: Any) -> tuple[str, dict[str, Any]]:
         from transformers import AutoConfig
 
         try:
-            base = AutoConfig.from_pretrained(base)
+            base = AutoConfig.from_pretrained(Path(base).expanduser())
         except (OSError, ValueError, KeyError) as error:
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CheckpointError(f"no configuration of a model in {str(base)!r}: {first}") from None
