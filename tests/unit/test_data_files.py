@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crosslayer.data import DataConfig, load_documents
-from crosslayer.data.cutting import LONG_TEXT_BYTES, LONGEST_LINE, cut_long_text, cut_text_file
+from crosslayer.data.cutting import LONG_FILE_BYTES, LONG_TEXT_BYTES, LONGEST_LINE, cut_long_text, cut_text_file
 from crosslayer.data.sources import open_source
 from crosslayer.errors import DataError
 from crosslayer.train import build_recipe, load_recipe
@@ -172,7 +172,7 @@ def test_long_rows_are_cut_at_blank_lines(tmp_path, read, caplog, ending):
     path = write(tmp_path / f"books{ending}", ["short", book, "x" * LONG_TEXT_BYTES])
     with caplog.at_level(logging.INFO, logger="crosslayer"):
         documents = read(path)
-    assert "1 texts longer than 64 KiB were cut into documents" in caplog.text
+    assert "1 long texts were cut into documents" in caplog.text
     assert documents[0] == (f"books{ending}:1", "short")
     assert documents[1][0] == f"books{ending}:2#1"
     assert documents[-1][0] == f"books{ending}:3"  # no line end in it, and no more than 64 KiB
@@ -180,17 +180,30 @@ def test_long_rows_are_cut_at_blank_lines(tmp_path, read, caplog, ending):
     assert len(documents) > 6
 
 
-def test_a_long_file_is_never_whole_in_memory(tmp_path):
+@pytest.mark.parametrize("source", ["books/long.txt", "books"])
+def test_a_long_file_is_never_whole_in_memory(tmp_path, source):
     line = "A line of text, and then another one.\n"
-    (tmp_path / "long.txt").write_text(line * (24 * 2**20 // len(line)))
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "long.txt").write_text(line * (24 * 2**20 // len(line)))
     tracemalloc.start()
     try:
-        documents = open_source(DataConfig(data=str(tmp_path / "long.txt"), cache_dir=str(tmp_path / "cache"))).read()
+        documents = open_source(DataConfig(data=str(tmp_path / source), cache_dir=str(tmp_path / "cache"))).read()
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert len(documents.dataset) > 500
     assert peak < 20 * 2**20  # a batch of documents and little else; the file has 24 MiB
+
+
+def test_a_file_in_a_folder_is_one_document_up_to_a_mebibyte(tmp_path, read):
+    text = "A line of a book.\n\n" * (LONG_FILE_BYTES // 19)
+    (tmp_path / "d").mkdir()
+    for number, extra in enumerate(("", "x" * 40)):
+        (tmp_path / "d" / f"{number}.txt").write_text(text + extra)
+    documents = read(tmp_path / "d")
+    assert documents[0] == ("0.txt", text)
+    assert documents[1][0] == "1.txt#1"
+    assert "".join(piece for _, piece in documents[1:]) == text + "x" * 40
 
 
 def test_a_folder_whose_name_is_no_text_is_trained_on_and_reported(tmp_path):

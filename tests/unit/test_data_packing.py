@@ -165,3 +165,23 @@ def test_ten_million_tokens_pack_in_seconds():
     begin = time.perf_counter()
     cut_blocks(ids, is_start, 256)
     assert time.perf_counter() - begin < 0.5
+
+
+def test_little_text_is_tokenised_at_a_time(monkeypatch):
+    """A tokenizer takes some 200 bytes for each of a text; its ids do not depend on how many texts it gets at once."""
+    sizes = []
+
+    class Counting(LetterTokenizer):
+        def __call__(self, texts, **_):
+            sizes.append(sum(map(len, texts)))
+            return super().__call__(texts)
+
+    texts = ["abc" * size for size in (30, 90, 1, 10, 300, 2, 4, 0, 100)]
+    monkeypatch.setattr("crosslayer.data.packing._CHARACTERS", 300)
+    little, all_at_once = DocumentPacker(Counting(), 50), DocumentPacker(LetterTokenizer(), 50)
+    found = little.add(texts)
+    assert sizes == [90, 273, 30, 900, 18, 300]  # one text is never divided
+    monkeypatch.undo()
+    for name, column in all_at_once.add(texts).items():
+        assert (found[name] == column).all()
+    assert little.statistics() == all_at_once.statistics()

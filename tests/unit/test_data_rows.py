@@ -186,6 +186,13 @@ def test_every_answer_of_a_conversation_is_trained(load):
     ]
 
 
+def test_an_answer_to_nothing_is_said_to_be_left_out(load, caplog):
+    row = say(("assistant", "hello"), ("user", "a"), ("assistant", "b"))
+    task = load(json.dumps(row), "a.jsonl")
+    assert list(task.train["completion"]) == [row["messages"][2:]]
+    assert "1 of 1 conversations begin with an answer" in caplog.text
+
+
 def test_parts_of_contents_are_joined(load):
     parts = [{"type": "text", "text": "go"}, "od"]
     task = load(json.dumps(say(("user", "hi"), ("assistant", parts))), "a.jsonl")

@@ -50,7 +50,7 @@ def finetune(
     """Fine-tune a pre-trained MODEL on a task with LoR2C, LoRA or all weights.
 
     Other fields are overridden by their names: of the data (--text_column, --text_pair_column, --label_column,
-    --num_labels, --max_length, --max_train_rows, --validation_data, ...), of the method (--r, --alpha, --dropout,
+    --num_labels, --max_length, --max_train_rows, --validation_data, ...), of the method (--rank, --alpha, --dropout,
     --max_fuses, --max_injections, --criterion, ...) and of transformers' TrainingArguments (--learning_rate 1e-3,
     --num_train_epochs 5, ...).
     """

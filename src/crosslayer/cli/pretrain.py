@@ -82,7 +82,7 @@ def show_plan(plan) -> None:
     if plan.data["skipped"]:
         rows.append(("skipped", f"{plan.data['skipped']:,} files or lines that could not be read"))
     if plan.data.get("cut"):
-        rows.append(("cut", f"{plan.data['cut']:,} texts longer than 64 KiB, into documents"))
+        rows.append(("cut", f"{plan.data['cut']:,} long texts, into documents"))
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.estimated_memory_bytes.items() if size)
     estimate = sum(plan.estimated_memory_bytes.values()) / 2**20
     rows += [

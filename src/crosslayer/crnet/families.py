@@ -100,7 +100,7 @@ def _read(base: Any) -> tuple[str, dict[str, Any]]:
         from transformers import AutoConfig
 
         try:
-            base = AutoConfig.from_pretrained(base)
+            base = AutoConfig.from_pretrained(Path(base).expanduser())
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"no configuration of a model in {str(base)!r}: {first_line(error)}") from None
     fields = dict(base) if isinstance(base, Mapping) else base.get_text_config().to_dict()

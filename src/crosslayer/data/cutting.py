@@ -8,6 +8,9 @@ from typing import IO
 LONG_TEXT_BYTES = 64 * 1024
 """A text file given on its own, and a row of a table, that is longer than this is cut into documents."""
 
+LONG_FILE_BYTES = 2**20
+"""A text file in a folder that is longer than this is cut too: tokenising takes 200 times a document."""
+
 CUT_BYTES = 16 * 1024
 """Length after which the next blank line ends a document of a long text."""
 

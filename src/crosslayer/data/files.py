@@ -1,8 +1,8 @@
 """Local files: which ones count, what they hold, what is wrong with them.
 
-One text file is one document; each row of a JSON-lines or parquet file is one document. A long text file given on its
-own, and a long row, is cut into documents (`cutting.py`). Byte order marks are no text. Documents without any text
-(empty, or white space only) are left out later, by the split.
+One text file is one document; each row of a JSON-lines or parquet file is one document. Long rows, long text
+files given on their own and very long ones in folders are cut into documents (`cutting.py`). Byte order marks are no
+text. Documents without any text (empty, or white space only) are left out later, by the split.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DataError
-from .cutting import LONG_TEXT_BYTES, cut_long_text, cut_text_file, is_long
+from .cutting import LONG_FILE_BYTES, cut_long_text, cut_text_file, is_long
 from .json_lines import GZIP_ERRORS, json_lines, json_type, lone_surrogate, names_of, not_utf8, open_bytes
 from .spool import spool
 
@@ -68,8 +68,8 @@ class ReadingOptions:
     skip_bad: bool
     cache_dir: Path
     """Where there is room for the documents while they are used."""
-    cut_long_text: bool = False
-    """Whether long text files are cut; long rows always are."""
+    longest_text: int = LONG_FILE_BYTES
+    """Bytes of the longest text file that is one document; longer ones are cut, as long rows are."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Tally:
     skipped: int = 0
     """Files, lines and rows that cannot be read."""
     cut: int = 0
-    """Files and rows longer than 64 KiB that became several documents."""
+    """Long files and rows that became several documents."""
 
 
 # ------------------------------------------------------------------------------------- finding and checking
@@ -209,7 +209,7 @@ def pieces(name: str, text: str, tally: Tally) -> Iterator[tuple[str, str]]:
 
 def _text_documents(file: ScannedFile, options: ReadingOptions, tally: Tally) -> Iterator[tuple[str, str]]:
     with open_bytes(file.path) as content:
-        if not (options.cut_long_text and file.text_bytes > LONG_TEXT_BYTES):
+        if file.text_bytes <= options.longest_text:
             yield file.name, content.read().decode("utf-8-sig")
             return
         tally.cut += 1

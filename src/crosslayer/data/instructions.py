@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
@@ -10,6 +11,7 @@ from .rows import Rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_log = logging.getLogger(__name__)
 FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
 INSTRUCTION_COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output")
 
@@ -42,10 +44,12 @@ def to_prompts(rows: Rows) -> Dataset:
         )
     prompts: list[Any] = []
     completions: list[Any] = []
+    openings = 0
     for row, place in zip(rows.content, rows.places, strict=True):
         where = f"{rows.label}, {place}"
         if form == ("messages",):
             messages = _messages(row.get("messages"), where)
+            openings += messages[0]["role"] == "assistant"
             for turn, message in enumerate(messages):
                 if turn and message["role"] == "assistant":
                     prompts.append(messages[:turn])
@@ -59,6 +63,13 @@ def to_prompts(rows: Rows) -> Dataset:
             first = prompt_of(first, context or "")
         prompts.append(first)
         completions.append(second)
+    if openings:
+        _log.warning(
+            "%s: %d of %d conversations begin with an answer; it answers nothing and is not trained",
+            rows.label,
+            openings,
+            len(rows),
+        )
     return Dataset.from_dict({"prompt": prompts, "completion": completions})
 
 

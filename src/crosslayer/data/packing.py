@@ -19,6 +19,7 @@ Letters: T block size, N blocks. All arrays here are numpy; ids and positions in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 """Label of a token that is not predicted, as in transformers."""
+
+_CHARACTERS = 2**20  # tokenised at a time: a tokenizer takes some 200 bytes for each
 
 BLOCK_COLUMNS = ("input_ids", "position_ids", "labels")
 
@@ -141,12 +144,14 @@ class DocumentPacker:
 
     def add(self, texts: list[str]) -> Blocks:
         """Append documents to the stream; return the blocks that are now complete."""
-        ids, is_start = join_documents(encode_documents(self.tokenizer, texts), self._start, self._end)
+        parts = [(self._ids, self._is_start)]
+        for few in _batches(texts):
+            parts.append(join_documents(encode_documents(self.tokenizer, few), self._start, self._end))
+            self._tokens += len(parts[-1][0])
         self._documents += len(texts)
-        self._tokens += len(ids)
         self._bytes += sum(len(text.encode("utf-8")) for text in texts)
-        ids = np.concatenate([self._ids, ids])
-        is_start = np.concatenate([self._is_start, is_start])
+        ids = np.concatenate([ids for ids, _ in parts])
+        is_start = np.concatenate([starts for _, starts in parts])
         blocks, used = cut_blocks(ids, is_start, self.block_size)
         self._ids, self._is_start = ids[used:].copy(), is_start[used:].copy()
         return self._count(blocks)
@@ -173,6 +178,20 @@ class DocumentPacker:
         self._blocks += len(blocks["labels"])
         self._predicted += int(np.count_nonzero(blocks["labels"] != IGNORE_INDEX))
         return blocks
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """`texts` in order, about `_CHARACTERS` at a time."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 def _stack(first: Blocks, second: Blocks) -> Blocks:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import ConfigError, DataError
+from ..ranges import LENGTH, out_of_range
 from . import cache
 from .config import DataConfig, cache_root
 from .files import quiet
@@ -50,7 +51,7 @@ class DataStatistics:
     """Training documents left out because `validation_data` holds the same text."""
 
     cut: int
-    """Files and rows longer than 64 KiB that became several documents."""
+    """Long files and rows that became several documents."""
 
     vocab_size: int
     cache_path: str
@@ -120,8 +121,8 @@ def load_evaluation_data(
     ConfigError for a block_size below 2.
     """
     size = config.block_size if block_size is None else block_size
-    if size < 2:
-        raise ConfigError(f"block_size={size} is too small; give at least 2 tokens")
+    for problem in out_of_range({"block_size": size}, {"block_size": LENGTH}):
+        raise ConfigError(problem)
     if part == "validation":
         held_out = config.validation_data is not None
         documents = validation_documents(config, open_source(config, validation=held_out), whole=held_out)

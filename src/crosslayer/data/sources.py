@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import DataError
 from .config import PYTHON_LIBRARY, DataConfig, cache_root, is_hub, local_path, parse_hub
+from .cutting import LONG_FILE_BYTES, LONG_TEXT_BYTES
 from .files import (
     KINDS,
     ReadingOptions,
@@ -89,7 +90,7 @@ class FileSource:
         config: DataConfig,
         *,
         skip_bad: bool | None = None,
-        cut_long_text: bool = False,
+        longest_text: int = LONG_FILE_BYTES,
         extra: list[tuple[str, str]] | None = None,
         extra_identity: dict[str, Any] | None = None,
     ) -> None:
@@ -101,14 +102,14 @@ class FileSource:
             "files": [file.identity for file in files],
             "text_column": config.text_column,
             "skip_bad": skip_bad,
-            "cut_long_text": cut_long_text,
+            "longest_text": longest_text,
             **(extra_identity or {}),
         }
         self._options = ReadingOptions(
             text_column=config.text_column,
             skip_bad=skip_bad,
             cache_dir=cache_root(config.cache_dir),
-            cut_long_text=cut_long_text,
+            longest_text=longest_text,
         )
 
     def read(self) -> Documents:
@@ -139,7 +140,7 @@ def local_files(spec: str, config: DataConfig) -> FileSource:
         raise DataError(file.problem)
     if file.size == 0:
         raise DataError(f"{spec}: the file is empty; give one that holds text")
-    return FileSource(spec, [file], config, cut_long_text=file.kind == "text")
+    return FileSource(spec, [file], config, longest_text=LONG_TEXT_BYTES)
 
 
 def python_library(config: DataConfig) -> FileSource:
@@ -175,7 +176,7 @@ def _help_topics() -> list[tuple[str, str]]:
 
 def _documents(label: str, dataset: Dataset, tally: Tally) -> Documents:
     if tally.cut:
-        _log.info("%s: %d texts longer than 64 KiB were cut into documents", label, tally.cut)
+        _log.info("%s: %d long texts were cut into documents", label, tally.cut)
     return Documents(dataset, tally.skipped, tally.cut)
 
 

@@ -92,6 +92,13 @@ def remove_old(output_dir: Path, newest: Path, limit: int | None, best: str | No
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def keep_best(output_dir: Path, best: str, last_step: int) -> None:
+    """What is left of a finished run that keeps one checkpoint: the best; folders beyond the last step are not its."""
+    for folder in checkpoints(output_dir):
+        if step_of(folder) <= last_step and folder.name != Path(best).name:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def step_of(checkpoint: Path) -> int:
     """N of checkpoint-N."""
     return int(checkpoint.name.rpartition("-")[2])

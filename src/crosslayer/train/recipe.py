@@ -58,6 +58,9 @@ class _AnyRecipe:
     PLAIN: ClassVar[tuple[str, ...]]
     """Fields outside the sections, all of them text."""
 
+    SPELLINGS: ClassVar[dict[str, str]] = {}
+    """Other names of fields, for overrides."""
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe with every default of its dataclasses spelled out, ready for YAML."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
@@ -93,6 +96,7 @@ class FinetuneRecipe(_AnyRecipe):
     training: dict[str, Any] = field(default_factory=dict)
 
     SECTIONS = ("training", "adapter", "data")
+    SPELLINGS = {"rank": "r"}  # torchrun takes --r for one of its own
     PLAIN = ("name", "description", "model")
 
 
@@ -154,7 +158,9 @@ def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) 
         elif key not in kind.PLAIN:
             problems.append(_unknown(key, (*kind.SECTIONS, *kind.PLAIN)))
 
-    for key, value in (overrides or {}).items():
+    overrides, twice = _spelled(kind, overrides or {})
+    problems += twice
+    for key, value in overrides.items():
         if key in kind.PLAIN:
             texts[key] = str(value)
             continue
@@ -165,7 +171,7 @@ def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) 
             continue
         _set(sections, known, candidates[0], name, value, problems)
 
-    given = {key.rpartition(".")[2] for key in overrides or {}}
+    given = {key.rpartition(".")[2] for key in overrides}
     if "lr_scheduler_type" in given and "lr_scheduler_kwargs" not in given:
         sections["training"].pop("lr_scheduler_kwargs", None)  # they belong to the recipe's own schedule
 
@@ -183,6 +189,19 @@ def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) 
         section: _OWNERS.get((kind, section), dict)(**sections[section]) for section in kind.SECTIONS
     }
     return kind(**texts, **parts)
+
+
+def _spelled(kind: type[_AnyRecipe], overrides: Content) -> tuple[dict[str, Any], list[str]]:
+    """Overrides by the names of their fields, and what stands there under two names."""
+    found: dict[str, Any] = {}
+    problems = []
+    for key, value in overrides.items():
+        section, dot, name = key.rpartition(".")
+        field_name = section + dot + kind.SPELLINGS.get(name, name)
+        if field_name in found:
+            problems.append(f"{key} and {field_name} are one field; give one of them")
+        found[field_name] = value
+    return found, problems
 
 
 def _name_problem(name: str) -> list[str]:

@@ -7,6 +7,7 @@ Everything else is applied and said: rates and schedule, steps, precision, inter
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,9 @@ _OF_SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "wa
 SPELLINGS = {("data", "data"), ("data", "validation_data"), ("data", "tokenizer"), ("recipe", "model")}
 """Where files lie; that they hold the same is told by fingerprints."""
 
+PLACES = {*SPELLINGS, ("model", "base")}
+"""What may be a path: the same place by any spelling is the same value."""
+
 
 def check_same_run(
     now: Mapping[str, Any],
@@ -69,6 +73,7 @@ def check_same_run(
         for section in sections
         for name in sorted({*now[section], *earlier[section]} - {"cache_dir"})
         if now[section].get(name) != earlier[section].get(name)
+        and not ((section, name) in PLACES and _is_same_place(now[section].get(name), earlier[section].get(name)))
     ]
     values = [(f"{s}.{n}={now[s].get(n)!r}".removeprefix("recipe."), repr(earlier[s].get(n))) for s, n in differ]
     if not (has_fingerprints and set(differ) <= SPELLINGS) and differ:
@@ -78,6 +83,14 @@ def check_same_run(
             "--output_dir"
         )
     return [f"{value} (was {before})" for value, before in values]
+
+
+def _is_same_place(one: Any, other: Any) -> bool:
+    """Whether two paths name one file or folder that is there."""
+    try:
+        return os.path.samefile(os.path.expanduser(one), os.path.expanduser(other))
+    except (OSError, TypeError, ValueError):  # not there, or no paths
+        return False
 
 
 def changes_of_training(now: "TrainingArguments", earlier: "TrainingArguments", output_dir: Path) -> list[str]:

@@ -18,7 +18,7 @@ from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient
 from ..crnet import CRNetConfig
 from ..errors import ConfigError, CrossLayerError, TrainingError
 from ..evaluate import measure_perplexity
-from .checkpoints import last_complete_checkpoint, remove_old, write_manifest
+from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_manifest
 from .losses import NextTokenLoss, without_repeats
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
 from .progress import LogLines, Progress
@@ -109,6 +109,7 @@ class SafeTrainer(Trainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.losses_are_finite: torch.Tensor | bool = True
+        self._most_checkpoints: int | None = self.args.save_total_limit
         self.add_callback(StopWhenNotFinite(self))
         self.add_callback(OwnIntervals())
         # The Trainer has one of the two; its own print dictionaries, one of them to standard output.
@@ -124,7 +125,16 @@ class SafeTrainer(Trainer):
             self.model_wrapped = self.model
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
-        return super().train(*args, **kwargs)
+        # The Trainer would take any folder that begins like a checkpoint for one of its own to remove.
+        self._most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = self._most_checkpoints
+        best = self.state.best_model_checkpoint
+        if self._most_checkpoints == 1 and best is not None and self.args.should_save:
+            keep_best(Path(self.args.output_dir), best, self.state.global_step)
+        return output
 
     def check_optimizer(self, steps: int) -> None:
         """Make optimizer and schedule once and drop them: what they refuse shows before anything is written."""
@@ -155,20 +165,17 @@ class SafeTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise TrainingError(f"weights are not finite at step {step}; {self.last_good_checkpoint()}")
-        # Older ones go when this one is whole, hashes and all; and only folders that are checkpoints.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise self._not_written(step, error) from error
-        finally:
-            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every process has written its random state
         try:
             if self.args.should_save:
                 write_manifest(folder, processes=self.args.world_size, weights_only=bool(self.args.save_only_model))
-                remove_old(folder.parent, folder, limit, self.state.best_model_checkpoint)
+                # Older ones go when this one is whole, hashes and all; and only folders that are checkpoints.
+                remove_old(folder.parent, folder, self._most_checkpoints, self.state.best_model_checkpoint)
         except OSError as error:
             raise self._not_written(step, error) from error
 
