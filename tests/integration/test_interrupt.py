@@ -174,14 +174,23 @@ def test_what_does_not_end_is_ended(tmp_path, waits):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     took = time.monotonic() - pressed
-    assert interrupt.PATIENCE_S < took
+    assert took > interrupt.PATIENCE_S
     assert_in_time(took, err)
     assert (process.returncode, err) == (1, "crosslayer: error: interrupted\n")
 
 
+IGNORED = """
+import signal, sys
+sys.argv = ["crosslayer"]
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from crosslayer.cli import interrupt
+interrupt.watch()
+signal.raise_signal(signal.SIGINT)
+print(signal.getsignal(signal.SIGINT).name)
+"""
+
+
 def test_where_it_is_ignored_it_stays_ignored():
     """nohup, and jobs behind a shell's &."""
-    code = "import sys; sys.argv[0] = 'crosslayer'; import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from crosslayer.cli import interrupt\n"
-    code += "interrupt.watch(); signal.raise_signal(signal.SIGINT); print(signal.getsignal(signal.SIGINT).name)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", IGNORED], capture_output=True, text=True)
     assert done.stdout == "SIG_IGN\n", done.stderr
