@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crosslayer.cli import analyze, app, bench, compare, evaluate, finetune, generate, main, plan, pretrain
+from crosslayer.cli import analyze, app, bench, compare, evaluate, finetune, generate, main, plan, pretrain, recipes
 from crosslayer.cli.ranges import OPTIONS
 from crosslayer.train.run import pretrain as run_pretraining
 from tiny_finetune import write_encoder, write_task
@@ -29,6 +29,7 @@ VERBS = {
     "plan": plan.plan,
     "analyze": analyze.analyze,
     "compare": compare.compare,
+    "recipes": recipes.recipes,
     "bench memory": bench.memory,
     "bench speed": bench.speed,
 }
@@ -89,6 +90,7 @@ def arguments_of(verb, root):
         "evaluate": [str(root / "run"), f"--data={root / 'few'}"],
         "generate": [str(root / "run"), "--max_new_tokens=2", "--prompt=the"],
         "plan": ["--model=llama_60m"],
+        "recipes": [],
         "analyze": [str(root / "run"), f"--data={root / 'few'}", "--max_tokens=200", out],
         "compare": [
             *(f"--recipe={root / 'recipe.yaml'}", "--methods=crnet", "--seeds=1", "--tuning_runs=0", out),

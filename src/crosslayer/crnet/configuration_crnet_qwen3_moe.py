@@ -11,7 +11,9 @@ from .positions import Mixture, Position
 class CRNetQwen3MoeConfig(CrossLayerFields, Qwen3MoeConfig):
     __doc__ = CrossLayerFields.__doc__
     model_type = "crnet_qwen3_moe"
+
     head_dim: int | None = None
+    """Width of a head. None: hidden_size // num_attention_heads."""
 
     def is_sparse(self, layer_idx: int) -> bool:
         in_step = (layer_idx + 1) % self.decoder_sparse_step == 0

@@ -52,6 +52,8 @@ class CrossLayerFields:
         recompute_drift_bound (`float`, *optional*):
             Where a kept state is met on the way down, a rebuilt one may differ from it by this much (relative norm);
             past it the run goes on with `replay`. None: 1e-4, or 4 times the products' machine epsilon if larger.
+        crosslayer_format (`int`, defaults to 2):
+            Set by crosslayer. 1 in checkpoints of 0.1: another default rank, and any rank up to min(in, out).
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field of the wrong type or outside its closed set; a rank that
@@ -73,7 +75,7 @@ class CrossLayerFields:
     recompute_interval: int | None = None
     recompute_error_bound: int | float = 1e-5
     recompute_drift_bound: int | float | None = None
-    crosslayer_format: int = FORMAT  # 1, in checkpoints of 0.1: another default rank, any rank up to min(in, out)
+    crosslayer_format: int = FORMAT
 
     # Splitting B over ranks would split the carried Y as well, and each rank would then see only its share of beta's
     # gradient. Linears without a plan are replicated, which is correct. Pipeline stages would have to pass on every

@@ -291,8 +291,8 @@ def build_arguments(recipe: FinetuneRecipe, task: Task, output_dir: Path) -> Tra
 def default_training(task: Task, adapter: AdapterConfig) -> dict[str, Any]:
     """Settings where a recipe has none.
 
-    Rates, warm-up and decay of the adapters: the paper's scripts (recipes/). Epochs and batch size: our choice, for a
-    first run. Rates of `full` and `head`: the usual ones.
+    Rates, warm-up and decay of the adapters: the paper's scripts (recipes finetune/...). Epochs and batch size: our
+    choice, for a first run. Rates of `full` and `head`: the usual ones.
     """
     is_instruction = task.kind == "instruction"
     rates = {"full": 2e-5, "head": 1e-3}

@@ -74,11 +74,22 @@ class Recipe(_AnyRecipe):
     """A parsed recipe to pre-train. Made by `load_recipe`, which checks every field."""
 
     name: str
+    """What the run is called; its folder is runs/NAME. Left out: the name of the file."""
+
     description: str = ""
+    """What it is for. Its first sentence stands in `crosslayer recipes`, the whole in the report."""
+
     model: dict[str, Any] = field(default_factory=dict)
+    """The model: fields of CRNetConfig or of another family's configuration, and `base`."""
+
     data: DataConfig = field(default_factory=DataConfig)
+    """What it reads."""
+
     parameter_groups: ParameterGroups = field(default_factory=ParameterGroups)
+    """Factors on the learning rate."""
+
     training: dict[str, Any] = field(default_factory=dict)
+    """How it trains: fields of transformers' TrainingArguments."""
 
     SECTIONS = ("training", "model", "data", "parameter_groups")
     PLAIN = ("name", "description")
@@ -89,11 +100,22 @@ class FinetuneRecipe(_AnyRecipe):
     """A parsed recipe to fine-tune. Made by `load_finetune_recipe`, which checks every field."""
 
     name: str
+    """What the run is called; its folder is runs/NAME. Left out: the name of the file; TASK_METHOD without one."""
+
     description: str = ""
+    """What it is for. Its first sentence stands in `crosslayer recipes`, the whole in the report."""
+
     model: str
+    """Folder of a model or of a run, or a name on the hub. It has to be given."""
+
     data: TaskConfig
+    """The task and its rows."""
+
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The method, and what it trains."""
+
     training: dict[str, Any] = field(default_factory=dict)
+    """How it trains: fields of transformers' TrainingArguments."""
 
     SECTIONS = ("training", "adapter", "data")
     SPELLINGS = {"rank": "r"}  # torchrun takes --r for one of its own

@@ -138,6 +138,13 @@ def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
     """transformers' TrainingArguments of a recipe, with `bf16: auto` decided. Raises ConfigError."""
     from transformers import TrainingArguments
 
+    arguments = training_arguments(TrainingArguments, {**default_training(recipe), **recipe.training}, output_dir)
+    check_metric(arguments, ("loss", "perplexity", "bits_per_byte"))
+    return arguments
+
+
+def default_training(recipe: Recipe) -> dict[str, Any]:
+    """Settings where a recipe has none."""
     defaults = {
         "include_num_input_tokens_seen": "all",
         "dataloader_drop_last": True,
@@ -147,9 +154,7 @@ def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
     }
     if "metric_for_best_model" in recipe.training:
         defaults["greater_is_better"] = False
-    arguments = training_arguments(TrainingArguments, {**defaults, **recipe.training}, output_dir)
-    check_metric(arguments, ("loss", "perplexity", "bits_per_byte"))
-    return arguments
+    return defaults
 
 
 def build_model(config: Any, seed: int) -> Any:

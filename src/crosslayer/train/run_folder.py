@@ -17,7 +17,8 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..provenance import describe_run
 
-RUN_FILE = "run.json"
+RECIPE_FILE, RUN_FILE = "recipe.yaml", "run.json"
+_UNFINISHED = {f"{name}.tmp" for name in (RECIPE_FILE, RUN_FILE)}  # all that a run killed at its start leaves
 
 
 def is_main_process() -> bool:
@@ -28,7 +29,7 @@ def is_main_process() -> bool:
 def check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises CheckpointError for a folder that a run must not write into, ConfigError for resume with overwrite."""
     holds_run = (output_dir / RUN_FILE).is_file()
-    is_empty = not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir()))
+    is_empty = not output_dir.exists() or (output_dir.is_dir() and {*os.listdir(output_dir)} <= _UNFINISHED)
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one of them")
     if output_dir.exists() and not output_dir.is_dir():
@@ -53,15 +54,30 @@ def prepare_output_dir(
     """Make the folder and write recipe.yaml and run.json into it; `recipe` saves itself, `plan` is a dataclass,
     `fingerprints` say what the run reads (resume.py).
 
-    Raises CheckpointError when it cannot be written."""
+    Raises CheckpointError when it cannot be written. Ended at any moment, it leaves a folder that can be written again.
+    """
+    content = {**describe_run(), "plan": asdict(plan), "fingerprints": fingerprints}
+    written = output_dir / f"{RECIPE_FILE}.tmp"
     try:
-        if overwrite and output_dir.exists():
-            shutil.rmtree(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.save(output_dir / "recipe.yaml")
-        write_json(output_dir / RUN_FILE, {**describe_run(), "plan": asdict(plan), "fingerprints": fingerprints})
+        if overwrite:
+            _empty(output_dir)
+        recipe.save(written)
+        write_json(output_dir / RUN_FILE, content)  # from here on it is a run
+        written.replace(output_dir / RECIPE_FILE)
     except OSError as error:
         raise CheckpointError(f"{output_dir} cannot be written: {error.strerror}; choose another folder") from None
+
+
+def _empty(output_dir: Path) -> None:
+    """Throw away a run but for what says that it is one."""
+    for entry in output_dir.iterdir():
+        if entry.name == RUN_FILE:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
