@@ -137,7 +137,8 @@ class Product:
         """dT [B T, r] as it goes on."""
         return dT
 
-    def gradient_of_b(self, G: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def gradient_of_b(G: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """db = <G, Y_{l-1}>, [1]; db/dbeta = 1."""
         return torch.dot(G.view(-1), previous.reshape(-1)).view(1)
 
@@ -189,7 +190,7 @@ class OpaqueProduct:
         with self.call.autocast():
             return LocalGraph(lambda *tensors: function(*tensors, **arguments), inputs, self.parameters, waits)
 
-    gradient_of_b = Product.gradient_of_b
+    gradient_of_b = staticmethod(Product.gradient_of_b)
 
     def output(self, increment: torch.Tensor) -> torch.Tensor:
         return increment

@@ -186,7 +186,7 @@ class SplitProduct(Product):
     def gradient_of_inner(self, dT: torch.Tensor) -> torch.Tensor:
         return self._summed(dT, self.split.by_columns)
 
-    def gradient_of_b(self, G: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    def gradient_of_b(self, G: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return self._summed(super().gradient_of_b(G, previous), self.split.by_columns)
 
     def backward(self, G, x, U, dx, add: bool, found):
