@@ -308,9 +308,8 @@ class BlockRun:
         if product.b is not None:
             previous = step.output_below(name, product, first)
             step.below[name] = (G, product.b)
-            if f"{product.name}.beta" in step.gradients.wanted:  # db = <G, Y_{l-1}>, and db/dbeta = 1
-                d_beta = torch.dot(G.view(-1), previous.reshape(-1)).view(1)
-                step.gradients.found[f"{product.name}.beta"] = d_beta
+            if f"{product.name}.beta" in step.gradients.wanted:
+                step.gradients.found[f"{product.name}.beta"] = product.gradient_of_b(G, previous)
         elif product.needs_previous:
             assert step.kept_below is not None
             step.Y_below[name] = step.kept_below.Y[name]

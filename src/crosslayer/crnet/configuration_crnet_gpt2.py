@@ -11,6 +11,7 @@ from .positions import Position
 class CRNetGPT2Config(CrossLayerFields, GPT2Config):
     __doc__ = CrossLayerFields.__doc__
     model_type = "crnet_gpt2"
+    base_model_tp_plan = {"wte": "embedding_rowwise", "h.*": "crosslayer_block"}
     unsupported = ("add_cross_attention", "reorder_and_upcast_attn")
 
     def positions(self, layer_idx: int) -> dict[str, Position]:

@@ -77,11 +77,8 @@ class CrossLayerFields:
     recompute_drift_bound: int | float | None = None
     crosslayer_format: int = FORMAT
 
-    # Splitting B over ranks would split the carried Y as well, and each rank would then see only its share of beta's
-    # gradient. Linears without a plan are replicated, which is correct. Pipeline stages would have to pass on every
-    # carried Y.
-    base_model_tp_plan = None
-    base_model_pp_plan = None
+    base_model_tp_plan = {"layers.*": "crosslayer_block"}  # tensor_parallel.py
+    base_model_pp_plan = None  # pipeline stages would have to pass on every carried Y
 
     unsupported = tuple[str, ...]()
     """Switches of the family's own configuration that its CR-Net does not know."""

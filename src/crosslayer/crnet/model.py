@@ -34,6 +34,9 @@ from .loss import fused_cross_entropy
 from .policies import current_name
 from .tape import Tape
 
+if dist.is_available():  # transformers knows its style from here on
+    from .tensor_parallel import BlockParallel  # noqa: F401
+
 logger = logging.get_logger(__name__)
 
 

@@ -46,6 +46,13 @@ class Product:
         if autocast_dtype is not None and self.dtype != torch.float64:
             self.dtype = autocast_dtype
 
+    @staticmethod
+    def fits(linear: Any, parameters: dict[str, torch.Tensor]) -> bool:
+        """Whether its weights, and its factors, are plain, and nobody watches those."""
+        factors = [linear.A, linear.B] if isinstance(linear, LowRankLinear) else []
+        known = all(type(factor) is nn.Linear and not is_watched(factor) for factor in factors)
+        return known and is_plain(parameters) and (not factors or linear.A.bias is None)
+
     # Forward
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +119,7 @@ class Product:
         d_increment = G.reshape(-1, G.shape[-1]).to(self.dtype)
         d_rows, weight = d_increment, self.weight.to(self.dtype)
         if self.A is not None:
-            d_rows, weight = d_increment @ weight, self.A.to(self.dtype)  # dT = G B^T
+            d_rows, weight = self.gradient_of_inner(d_increment @ weight), self.A.to(self.dtype)  # dT = G B^T
             if self.activation == "silu":
                 d_rows = torch.ops.aten.silu_backward(d_rows, U.reshape(d_rows.shape))
         _product_into(dx.view(-1, dx.shape[-1]), d_rows, weight, add)  # dX = dU A^T
@@ -125,6 +132,15 @@ class Product:
             X = x.reshape(-1, x.shape[-1]).to(self.dtype)
             found.found[f"{self.name}.A.weight"] = d_rows.t() @ X  # dA = X^T dU
         return U
+
+    def gradient_of_inner(self, dT: torch.Tensor) -> torch.Tensor:
+        """dT [B T, r] as it goes on."""
+        return dT
+
+    @staticmethod
+    def gradient_of_b(G: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """db = <G, Y_{l-1}>, [1]; db/dbeta = 1."""
+        return torch.dot(G.view(-1), previous.reshape(-1)).view(1)
 
 
 def _product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, add: bool) -> None:
@@ -174,6 +190,8 @@ class OpaqueProduct:
         with self.call.autocast():
             return LocalGraph(lambda *tensors: function(*tensors, **arguments), inputs, self.parameters, waits)
 
+    gradient_of_b = staticmethod(Product.gradient_of_b)
+
     def output(self, increment: torch.Tensor) -> torch.Tensor:
         return increment
 
@@ -188,6 +206,10 @@ class OpaqueProduct:
         return Y.sub_(increment).div_(self.b)
 
 
+PRODUCTS: dict[type, type[Product]] = {nn.Linear: Product, LowRankLinear: Product, CrossLayerLinear: Product}
+"""Which products may stand for a linear, by its exact type; all else is opaque."""
+
+
 def product_of(
     name: str, linear: nn.Module, b: float | None, builds_on_previous: bool, parameters: dict, strays: dict, call: Call
 ) -> Product | OpaqueProduct:
@@ -195,13 +217,7 @@ def product_of(
 
     `parameters` are all those below it, beta aside, by name; `strays` those that a hook on it may use.
     """
-    if is_plain(parameters) and not is_watched(linear) and _is_known(linear):
-        return Product(name, linear, b, call.autocast_dtype)
+    kind = PRODUCTS.get(type(linear))
+    if kind is not None and not is_watched(linear) and kind.fits(linear, parameters):
+        return kind(name, linear, b, call.autocast_dtype)
     return OpaqueProduct(name, linear, b, builds_on_previous, parameters | strays, call)
-
-
-def _is_known(linear: nn.Module) -> bool:
-    if type(linear) in (LowRankLinear, CrossLayerLinear):
-        factors = linear.A, linear.B
-        return all(type(f) is nn.Linear and not is_watched(f) for f in factors) and linear.A.bias is None  # type: ignore[union-attr]
-    return type(linear) is nn.Linear

@@ -250,12 +250,7 @@ class Tape:
         """S_{index - 1} becomes the live state, and what belongs to layer `index` is freed."""
         for drift in step.drifts:
             self.meter.record(drift)
-        if index == 0:
-            self.live = None
-        elif step.kept_below is not None:
-            self.live = step.kept_below
-        else:
-            self.live = State(step.h_below, step.Y_below)
+        self.live = None if index == 0 else step.kept_below or State(step.h_below, step.Y_below)
         self.live_index = index - 1
         if not keep_graph:
             self.states.pop(index, None)
