@@ -43,7 +43,6 @@ def test_defaults():
     }
     assert config.model_type == "crnet"
     # What would compute wrong gradients or could not work is not announced.
-    assert config.base_model_tp_plan is None
     assert config.base_model_pp_plan is None
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.distributed import DistributedConfig
 
 from crosslayer.crnet import (
     CRNetConfig,
@@ -599,8 +600,14 @@ def test_flags():
     assert CRNetForCausalLM._supports_attention_backend
     assert CRNetForCausalLM._can_compile_fullgraph
     model = model_of("cross_layer")
-    assert not model.model.tp_plan
+    assert model.model.tp_plan["layers.*"] == "crosslayer_block"
     assert not model.model.pp_plan
+
+
+def test_pipelines_are_refused():
+    """transformers would cut any model whose layers are named so, plan or not."""
+    with pytest.raises(ValueError, match="pp_size=2: a stage of a CR-Net would have to pass on every carried Y"):
+        CRNetForCausalLM.maybe_distribute_model(model_of("cross_layer"), DistributedConfig(pp_size=2), None)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -75,8 +75,7 @@ class CarriedLayerNorm(nn.Module):
         )
         return normed.to(self.weight.dtype)
 
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+    extra_repr = CarriedRMSNorm.extra_repr
 
 
 class GatedMLP(nn.Module):

@@ -34,9 +34,6 @@ from .loss import fused_cross_entropy
 from .policies import current_name
 from .tape import Tape
 
-if dist.is_available():  # transformers knows its style from here on
-    from .tensor_parallel import BlockParallel  # noqa: F401
-
 logger = logging.get_logger(__name__)
 
 
@@ -106,6 +103,14 @@ class CrossLayerPreTrainedModel(PreTrainedModel):
         model._drift = DriftMeter()
         if config.factorization == "cross_layer":  # the explicit word wins
             super()._set_gradient_checkpointing(enable=False)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As in transformers; the style of our plans is known from here on (tensor_parallel.py)."""
+        from .tensor_parallel import check_distribution
+
+        check_distribution(distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @property
     def recompute_drift(self) -> float | None:

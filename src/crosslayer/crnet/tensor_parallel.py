@@ -215,7 +215,16 @@ PRODUCTS |= dict.fromkeys((SplitLinear, SplitLowRankLinear, SplitCrossLayerLinea
 GIVES_INCREMENT.add(SplitCrossLayerLinear)
 
 
-# Splitting a block
+# Splitting a model
+
+
+def check_distribution(config: Any) -> None:
+    """Raises ValueError for pipelines: transformers would cut the model and hand on the hidden states alone."""
+    if getattr(config, "pp_size", 1) > 1:
+        raise ValueError(
+            f"pp_size={config.pp_size}: a stage of a CR-Net would have to pass on every carried Y, which pipelines of "
+            "transformers do not. Use fsdp_size or tp_size."
+        )
 
 
 class BlockParallel(TensorParallelLayer):
