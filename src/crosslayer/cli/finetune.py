@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from . import interrupt
+from .options import spelled
 from .recipes import recipe_option
 
 
@@ -40,11 +41,11 @@ def finetune(
     ] = None,
     output_dir: Annotated[
         str | None,
-        typer.Option("--output_dir", "--output-dir", help="Folder of the run [default: runs/NAME, or TASK_METHOD]."),
+        spelled("output_dir", "Folder of the run [default: runs/NAME, or TASK_METHOD]."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run in the folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Show what would run, then stop.")] = False,
+    dry_run: Annotated[bool, spelled("dry-run", "Show what would run, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON.")] = False,
 ) -> None:
     """Fine-tune a pre-trained MODEL on a task with LoR2C, LoRA or all weights.

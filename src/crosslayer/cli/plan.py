@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from .options import spelled
+
 
 def plan(
     model: Annotated[
@@ -16,15 +18,11 @@ def plan(
         str, typer.Option(help="crnet, dense, cola, low_rank, galore, galore_8bit, apollo, ...")
     ] = "crnet",
     rank: Annotated[int | None, typer.Option(help="Rank [default: a quarter of the width; 8 for adapters].")] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", "--gpu_memory", help="Of each, as 80GB [default: the device's].")
-    ] = None,
+    gpu_memory: Annotated[str | None, spelled("gpu-memory", "Of each, as 80GB [default: the device's].")] = None,
     gpus: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     device: Annotated[str | None, typer.Option(help="h100, h200, a100, rtx-4090, ... [default: h100].")] = None,
     sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
-    tokens_per_step: Annotated[
-        str, typer.Option("--tokens-per-step", "--tokens_per_step", help="Tokens of an optimizer step, as 1M.")
-    ] = "1M",
+    tokens_per_step: Annotated[str, spelled("tokens-per-step", "Tokens of an optimizer step, as 1M.")] = "1M",
     tokens: Annotated[
         str | None, typer.Option(help="Tokens of the training, as 20B [default: 20 per parameter of the dense model].")
     ] = None,
@@ -33,9 +31,7 @@ def plan(
     ] = "bf16_autocast",
     utilisation: Annotated[float, typer.Option(help="Share of the device's peak that is reached.")] = 0.4,
     reserve: Annotated[float, typer.Option(help="Share of the memory that is left alone.")] = 0.08,
-    tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel", "--tensor_parallel", help="Devices that split each layer.")
-    ] = 1,
+    tensor_parallel: Annotated[int, spelled("tensor-parallel", "Devices that split each layer.")] = 1,
     sharding: Annotated[str, typer.Option(help="auto (DDP where something fits, else FSDP), ddp or fsdp.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

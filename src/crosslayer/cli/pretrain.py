@@ -6,18 +6,17 @@ from typing import Annotated
 import typer
 
 from . import interrupt
+from .options import spelled
 from .recipes import recipe_option
 
 
 def pretrain(
     context: typer.Context,
     recipe: Annotated[str, recipe_option("A name that `crosslayer recipes` lists, or a YAML file.")],
-    output_dir: Annotated[
-        str | None, typer.Option("--output_dir", "--output-dir", help="Folder of the run [default: runs/NAME].")
-    ] = None,
+    output_dir: Annotated[str | None, spelled("output_dir", "Folder of the run [default: runs/NAME].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run in the folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Show what would run, then stop.")] = False,
+    dry_run: Annotated[bool, spelled("dry-run", "Show what would run, then stop.")] = False,
     prompt: Annotated[
         str | None,
         typer.Option(help="Start of the sample at the end [default: 'def ' for python-library, none for the rest]."),
