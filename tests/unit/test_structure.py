@@ -18,7 +18,7 @@ LEVELS = [
 ]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 # Anyone may use these; they use nobody but each other.
-COMMON = {"errors", "methods", "on_import", "provenance", "ranges", "workers"}
+COMMON = {"errors", "methods", "on_import", "private", "provenance", "ranges", "workers"}
 
 
 def modules():

@@ -25,6 +25,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..private import storage_address
+
 PARTS = ("parameters", "gradients", "optimizer", "activations", "temporary", "other")
 PHASES = ("forward", "backward", "optimizer")
 
@@ -74,7 +76,7 @@ class StorageWatch(TorchDispatchMode):
     def number(self, tensor: torch.Tensor) -> int:
         """The number of a tensor's storage, noted now if it is new."""
         storage = tensor.untyped_storage()
-        address = storage._cdata
+        address = storage_address(storage)
         known = self._living.get(address)
         if known is not None and known[0]() is storage:
             self._note_resize(address, storage.nbytes())

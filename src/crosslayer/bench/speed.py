@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..accounting import peak_flops
 from ..analysis import measure_peak_memory
+from ..private import attention_operations, fused_attention_on_cpu
 from ..workers import initialize_worker, without_interrupts
 from .contenders import REFERENCE, SETUPS, Contenders
 
@@ -149,10 +150,7 @@ def _serve_steps(connection: Connection, contenders: Contenders, name: str, ids:
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, out_shape=None, **kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-_FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attention_operations(query, key, value)
 
 
 def matrix_operations(model: nn.Module, ids: torch.Tensor) -> int:
@@ -160,7 +158,8 @@ def matrix_operations(model: nn.Module, ids: torch.Tensor) -> int:
 
     Attention counts as the full square, as on CUDA; torch's counter does not know the CPU's fused kernel by itself.
     """
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={_FUSED_ON_CPU: _attention}) as counter:
+    known = {fused_attention_on_cpu()[0]: _attention}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
         model(input_ids=ids, labels=ids, use_cache=False)
     return 3 * counter.get_total_flops()
 
