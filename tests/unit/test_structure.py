@@ -2,9 +2,11 @@
 
 import ast
 import importlib.util
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(importlib.util.find_spec("crosslayer").origin).parent
 
@@ -102,3 +104,20 @@ def test_public_names():
         assert getattr(crosslayer, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         crosslayer.nonsense  # noqa: B018
+
+
+# Versions
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    """constraints-oldest.txt, which `make test-oldest` installs, has the minima of pyproject.toml, all of them."""
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    optional = (lines for extra, lines in project["optional-dependencies"].items() if extra != "dev")
+    minima = {}
+    for line in [*project["dependencies"], *(line for lines in optional for line in lines)]:
+        name, minimum = line.split(">=")
+        minima[name] = Version(minimum)
+    lines = (root / "constraints-oldest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(version) for name, version in tested.items()} == minima
