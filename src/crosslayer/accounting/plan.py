@@ -31,13 +31,16 @@ class Setting:
 
     @property
     def peak_bytes(self) -> int:
+        """Of all parts together, on each device."""
         return sum(self.memory_bytes.values())
 
     @property
     def label(self) -> str:
+        """The policy for people."""
         return self.policy if self.interval is None else f"{self.policy} every {self.interval}"
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return {**vars(self), "peak_bytes": self.peak_bytes}
 
 
@@ -52,6 +55,7 @@ class Recommendation:
     recipe: dict[str, dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return {**vars(self), "setting": self.setting.to_dict()}
 
 
@@ -78,6 +82,7 @@ class MemoryPlan:
     beside: dict[str, Recommendation | str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return {
             **vars(self),
             "settings": [setting.to_dict() for setting in self.settings],
@@ -145,10 +150,12 @@ class Request:
 
     @property
     def replicas(self) -> int:
+        """Copies of the model that train beside one another."""
         return self.gpus // self.tensor_parallel
 
     @property
     def usable(self) -> float:
+        """Bytes of each device that are not in reserve."""
         return self.gpu_memory * (1 - self.reserve)
 
     @property

@@ -153,6 +153,7 @@ def _micro_batches(shape: Shape, method: Method, request: Request, kind: str) ->
 
 
 def make_setting(shape: Shape, method: Method, request: Request, kind: str, micro_batch: int) -> Setting:
+    """One way to run a step, with its memory, operations and time."""
     accumulation = max(1, round(request.tokens_per_step / (request.replicas * request.sequence * micro_batch)))
     step = Step(
         sequence=request.sequence,

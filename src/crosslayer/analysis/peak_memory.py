@@ -55,9 +55,11 @@ class PeakMemory:
 
     @property
     def total_bytes(self) -> int:
+        """All parts together."""
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return {"total": self.total_bytes, "phase": self.phase, **self.parts}
 
 
@@ -87,6 +89,7 @@ class StorageWatch(TorchDispatchMode):
         return number
 
     def living(self) -> set[int]:
+        """Numbers of the storages that are alive."""
         return {number for _, number, _ in self._living.values()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -121,6 +121,7 @@ class OwnProcess:
         self.name = name
 
     def wait_until_ready(self) -> None:
+        """Until the model is there."""
         self._ask("whether it is ready")
 
     def __call__(self) -> None:
@@ -134,6 +135,7 @@ class OwnProcess:
             raise RuntimeError(f"The process that trains {self.name} has ended; its traceback is above.") from None
 
     def close(self) -> None:
+        """Ends the process."""
         self.connection.close()
         self.process.join()
 

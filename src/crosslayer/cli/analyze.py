@@ -269,6 +269,7 @@ def short_name(name: str) -> str:
 
 
 def show_paths(folder: Path) -> None:
+    """The results in a folder, a line each."""
     for path in sorted(folder.glob("*.*")):
         if path.suffix in (".png", ".json", ".md"):
             print(path)

@@ -1,13 +1,17 @@
 """`crosslayer finetune`: train an adapter (or all) of a pre-trained model on a task."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import interrupt
 from .options import spelled
 from .recipes import recipe_option
+
+if TYPE_CHECKING:
+    from ..train.finetune import FinetunePlan
+    from ..train.finetune_report import FinetuneReport
 
 
 def finetune(
@@ -91,7 +95,7 @@ def finetune(
     show_report(report, folder)
 
 
-def show_plan(plan) -> None:
+def show_plan(plan: "FinetunePlan") -> None:
     """What was decided, before the first step."""
     from .common import print_summary
 
@@ -108,7 +112,8 @@ def show_plan(plan) -> None:
     print_summary(plan.recipe, rows, frame=False)
 
 
-def show_report(report, folder: str) -> None:
+def show_report(report: "FinetuneReport", folder: str) -> None:
+    """The final table, sample answers, and where everything is."""
     from pathlib import Path
 
     from .common import print_summary

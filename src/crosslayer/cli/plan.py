@@ -1,10 +1,16 @@
 """`crosslayer plan`: what a training would cost, and how to run it on given devices."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import spelled
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..accounting import Shape
+    from ..accounting.plan import MemoryPlan
 
 
 def plan(
@@ -66,7 +72,7 @@ def plan(
         show(found)
 
 
-def read_model(model: str):
+def read_model(model: str) -> "Shape | dict[str, Any] | str":
     """A shape by its name, from a config.json or its folder, or from the model section of a recipe."""
     import json
     from pathlib import Path
@@ -101,7 +107,7 @@ def read_model(model: str):
     return Shape.of(fields)
 
 
-def show(plan) -> None:
+def show(plan: "MemoryPlan") -> None:
     """Table of settings, the recommendation, its recipe lines, and the other methods."""
     import yaml
     from rich.console import Console

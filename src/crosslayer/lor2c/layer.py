@@ -272,9 +272,11 @@ class Stack:
         self.token = next(_numbers)
 
     def hand_on(self, adapter_name: str, tensor: torch.Tensor) -> None:
+        """Leaves what the next block adds."""
         _handed_on.tensors[self.token, adapter_name] = tensor
 
     def take(self, adapter_name: str) -> torch.Tensor:
+        """What a block before has left."""
         return _handed_on.tensors.pop((self.token, adapter_name))
 
     def read(self) -> None:

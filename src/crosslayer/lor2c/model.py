@@ -228,6 +228,7 @@ class LoR2CModel(BaseTuner):
                 handle.remove()
 
     def get_config(self) -> Any:
+        """The configuration of the model below; None where it has none."""
         return getattr(self.model, "config", None)
 
     # Saved state
