@@ -1,5 +1,6 @@
 # make pretrain    set up everything, pre-train a small CR-Net on real text, show what it learned
 # make test        set up everything, run the whole test-suite
+# make test-oldest the quick tests with the oldest versions that pyproject.toml allows, in an environment of their own
 # make test-peft   set up everything, run PEFT's own test-suite on LoR2C (ARGS="decoder custom" for some of it)
 # make lint types  style and type checks
 #
@@ -10,10 +11,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+OLDEST = .venv-oldest
 RUN = runs/crnet_python_library
 ARGS ?= $(if $(wildcard $(RUN)/run.json),--resume)
 
-.PHONY: pretrain test test-fast test-peft lint types check clean
+.PHONY: pretrain test test-fast test-oldest test-peft lint types check clean
 
 pretrain: $(READY)
 	@echo "== Pre-training a CR-Net on the Python standard library's own text (a few minutes on two CPU cores)"
@@ -25,6 +27,10 @@ test: $(READY)
 
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
+
+test-oldest: $(OLDEST)/.ready
+	@echo "== Running the quick tests with the oldest versions that pyproject.toml allows"
+	@$(OLDEST)/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 test-peft: ARGS =
 test-peft: $(READY)
@@ -41,11 +47,17 @@ types: $(READY)
 check: lint types test
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) build .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crosslayer needs Python 3.11 or newer; this is %s. Name one: make PYTHON=python3.12" % sys.version.split()[0] or 0)'
 	@echo "== Setting up the virtual environment $(VENV) (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,track]"
+	@touch $@
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	@echo "== Setting up the virtual environment $(OLDEST) (once)"
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable ".[dev]"
 	@touch $@

@@ -1,13 +1,13 @@
 """Training Transformers through low-rank structure across layers.
 
-Importing the package registers its models with transformers' Auto classes and LoR2C with PEFT. Only the command line,
-which has to answer `--help` at once, puts that off until a verb needs it; public names are loaded on first use there.
+With this package imported, transformers' Auto classes know its models and PEFT knows LoR2C, whether those are imported
+before or after it. Importing it imports neither of them, and public names are loaded on first use.
 """
 
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .on_import import after
 
 _HOME_OF = {
     "CRNetConfig": "crosslayer.crnet",
@@ -19,8 +19,6 @@ _HOME_OF = {
     "LoR2CModel": "crosslayer.lor2c",
     "LoR2CStructureCallback": "crosslayer.lor2c",
 }
-
-_IS_COMMAND_LINE = Path(sys.argv[0]).stem in ("crosslayer", "-m")  # "-m": python -m crosslayer
 
 if TYPE_CHECKING:
     from crosslayer.crnet import (
@@ -45,9 +43,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOME_OF[name]), name)
 
 
-if not _IS_COMMAND_LINE:
-    import_module("crosslayer.crnet.registration")
-    import_module("crosslayer.lor2c")
+_AUTO, _OURS = "transformers.models.auto", "crosslayer.crnet"
+after((f"{_AUTO}.configuration_auto", f"{_OURS}.configuration_crnet*"), f"{_OURS}.registration:register_configs")
+after((f"{_AUTO}.modeling_auto", f"{_OURS}.model"), f"{_OURS}.registration:register_models")
+after(("peft",), "crosslayer.lor2c:")
 
 __all__ = [
     "CRNetConfig",

@@ -101,8 +101,6 @@ def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenize
 def _load_causal(path: str, label: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
-
     try:
         model_type = AutoConfig.from_pretrained(path).model_type
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
@@ -150,8 +148,6 @@ def load_pretrained(name: str, auto_class: str, **settings: Any) -> tuple["PreTr
     """
     import transformers
 
-    import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
-
     source = find_model(name, holds=(CONFIG,))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -173,8 +169,6 @@ def load_body(name: str, *, untrained: bool = False, seed: int = 0, dtype: str =
     """
     import torch
     from transformers import AutoConfig, AutoModel, set_seed
-
-    import crosslayer.crnet.registration  # noqa: F401  registers the Auto classes
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -225,9 +219,6 @@ def load_adapter(folder: str | Path, dtype: Any = "auto", *, is_causal: bool = F
     import transformers
     from peft import PeftConfig, PeftModel
     from peft.utils import get_peft_model_state_dict, load_peft_weights
-
-    import crosslayer.crnet.registration
-    import crosslayer.lor2c  # noqa: F401  makes LoR2C known to PEFT
 
     path = Path(folder)
     label = f"adapter {str(path)!r}"

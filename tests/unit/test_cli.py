@@ -7,9 +7,10 @@ import sys
 import types
 
 import pytest
+import typer
 import yaml
 
-from crosslayer.cli import main
+from crosslayer.cli import app, main
 from crosslayer.train.run import pretrain
 from crosslayer.train.trainer import PretrainTrainer
 from tiny_run import tiny_content, tiny_recipe, write_texts
@@ -276,3 +277,13 @@ def test_evaluate_refuses(run, checkpoint, arguments, part):
 
 def test_an_unknown_verb(run):
     refused(run("pretrian"), "pretrian")
+
+
+def test_words_of_options_are_joined_either_way():
+    command = typer.main.get_command(app.app)
+    commands = [*command.commands.values(), *command.commands["bench"].commands.values()]
+    options = [set(option.opts) for each in commands for option in each.params if option.param_type_name == "option"]
+    several = [names for names in options if any("_" in name or "-" in name[2:] for name in names)]
+    assert len(several) > 30
+    for names in several:
+        assert names == {f"--{name[2:].replace(a, b)}" for name in names for a, b in (("_", "-"), ("-", "_"))}

@@ -42,7 +42,7 @@ def test_refusals():
 
 
 def test_the_names_alone_are_light():
-    code = "import sys; sys.argv = ['crosslayer']; import crosslayer.methods\n"
+    code = "import sys, crosslayer.methods\n"
     code += "print({'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

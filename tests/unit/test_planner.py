@@ -208,7 +208,7 @@ BAD = [
     (["--tokens", "0"], ["tokens=0"]),
     (["--gpus", "0"], ["gpus=0"]),
     (["--gpus", "8", "--tensor-parallel", "3"], ["tensor_parallel=3 does not divide gpus=8"]),
-    (["--rank", "0"], ["rank=0 is outside 1..2047"]),
+    (["--rank", "0"], ["rank=0 must be a whole number from 1"]),
     (["--rank", "5000"], ["rank=5000 is outside 1..2047"]),
     (["--precision", "fp8"], ["'fp8'", "bf16_autocast"]),
     (["--sharding", "zero"], ["'zero'", "fsdp"]),

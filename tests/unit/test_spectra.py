@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig
 
 from crosslayer.analysis import find_positions, measure_spectra, suggest_ranks
+from crosslayer.analysis.gram import SymmetricGram, gram_size
 from crosslayer.analysis.ranks import continue_power_law
-from crosslayer.analysis.spectra import SymmetricGram, gram_size, plan_passes
+from crosslayer.analysis.spectra import plan_passes
 from crosslayer.analysis.summary import compare, finding, summarise
 from crosslayer.crnet import CRNetConfig, crnet_config
 from crosslayer.errors import ConfigError

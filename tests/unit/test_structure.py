@@ -2,9 +2,12 @@
 
 import ast
 import importlib.util
+import inspect
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(importlib.util.find_spec("crosslayer").origin).parent
 
@@ -18,7 +21,7 @@ LEVELS = [
 ]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 # Anyone may use these; they use nobody but each other.
-COMMON = {"errors", "methods", "provenance", "ranges", "workers"}
+COMMON = {"errors", "methods", "on_import", "private", "provenance", "ranges", "workers"}
 
 
 def modules():
@@ -102,3 +105,138 @@ def test_public_names():
         assert getattr(crosslayer, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         crosslayer.nonsense  # noqa: B018
+
+
+# Sizes and depths
+
+
+MOST_LINES = {"analysis/spectra.py": 500}  # others: 450
+
+
+def test_no_file_is_long():
+    long = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in modules()}
+    assert not {name: count for name, count in long.items() if count > MOST_LINES.get(name, 450)}
+
+
+def module_name(path):
+    parts = ("crosslayer", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_at_once(path, known):
+    """Modules of ours that importing this one imports, apart from the packages they are in."""
+    lines = {node.lineno for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)}
+    for line, name in imports_of(path):
+        if line in lines:
+            yield name if name in known else name.rpartition(".")[0]
+
+
+def depth(name, graph, above=()):
+    """Length of the longest chain of imports below a module."""
+    assert name not in above, f"a circle: {' -> '.join([*above, name])}"
+    return max((1 + depth(below, graph, (*above, name)) for below in graph.get(name, ())), default=0)
+
+
+@pytest.mark.parametrize("package", sorted(LEVEL_OF.keys() - {"loading", "recipes"}))
+def test_imports_within_a_package_are_shallow(package):
+    names = {module_name(path): path for path in (ROOT / package).rglob("*.py") if path.stem != "__init__"}
+    graph = {name: set(imported_at_once(path, names)) & names.keys() for name, path in names.items()}
+    assert max(depth(name, graph) for name in names) <= 7
+
+
+def test_levels_are_few():
+    assert len(LEVELS) + 1 <= 7  # COMMON below them
+
+
+def test_the_depth_can_fail():
+    assert depth("a", {"a": {"b"}, "b": {"c"}}) == 2
+    with pytest.raises(AssertionError, match="a circle: a -> b -> a"):
+        depth("a", {"a": {"b"}, "b": {"a"}})
+
+
+def lines_of_code(path):
+    """Blank lines, comments and docstrings do not count."""
+    text = path.read_text()
+    ignored = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            ignored |= set(range(node.lineno, node.end_lineno + 1))
+    numbered = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and line.strip()[0] != "#" and at not in ignored for at, line in numbered)
+
+
+def test_there_is_nearly_as_much_test_as_code():
+    tests = sum(map(lines_of_code, Path(__file__).parents[1].rglob("*.py")))
+    assert tests >= 0.85 * sum(map(lines_of_code, modules()))
+
+
+# Docstrings and hints
+
+
+def is_inherited(cls, name):
+    """Whether another package says what a method is."""
+    return any(name in vars(base) for base in cls.__mro__[1:] if not base.__module__.startswith("crosslayer"))
+
+
+def public_functions(module):
+    """(name, function) of what a module defines for others, properties and methods of its classes among them."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value):
+            yield name, value
+            for method, function in vars(value).items():
+                function = getattr(function, "fget", None) or getattr(function, "func", None) or function
+                function = inspect.unwrap(getattr(function, "__func__", function))
+                is_own = getattr(function, "__module__", None) == module.__name__ and not is_inherited(value, method)
+                if not method.startswith("_") and inspect.isfunction(function) and is_own:
+                    yield f"{name}.{method}", function
+        elif inspect.isfunction(inspect.unwrap(value)):
+            yield name, inspect.unwrap(value)
+
+
+def lacks(function):
+    """What a reader of a function misses."""
+    if not function.__doc__:
+        yield "a docstring"
+    if inspect.isfunction(function):
+        signature = inspect.signature(function)
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        for name, parameter in signature.parameters.items():
+            if parameter.annotation is parameter.empty and name not in ("self", "cls") and parameter.kind not in kinds:
+                yield f"a hint of {name}"
+        if signature.return_annotation is signature.empty:
+            yield "a hint of what it returns"
+
+
+PUBLIC = [module_name(p) for p in modules() if p.stem != "__main__" and not p.is_relative_to(ROOT / "crnet")]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_is_public_says_what_it_is(name):
+    found = public_functions(importlib.import_module(name))
+    assert not [f"{what} lacks {missing}" for what, function in found for missing in lacks(function)]
+
+
+def test_the_check_of_docstrings_can_fail():
+    def undocumented(x) -> int:
+        return x
+
+    assert list(lacks(undocumented)) == ["a docstring", "a hint of x"]
+
+
+# Versions
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    """constraints-oldest.txt, which `make test-oldest` installs, has the minima of pyproject.toml, all of them."""
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    optional = (lines for extra, lines in project["optional-dependencies"].items() if extra != "dev")
+    minima = {}
+    for line in [*project["dependencies"], *(line for lines in optional for line in lines)]:
+        name, minimum = line.split(">=")
+        minima[name] = Version(minimum)
+    lines = (root / "constraints-oldest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(version) for name, version in tested.items()} == minima

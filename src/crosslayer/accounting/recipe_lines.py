@@ -1,15 +1,13 @@
 """A plan's recommendation as lines of a recipe."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..crnet.policies import POLICIES
 from .methods import Method
 from .parameters import optimizer_rank
+from .plan import Request, Setting
 from .shapes import Shape
 from .steps import PRECISIONS
-
-if TYPE_CHECKING:
-    from .planner import Request, Setting
 
 _TRAINER_OPTIMIZERS = {
     "adamw_8bit": "adamw_bnb_8bit",
@@ -20,7 +18,7 @@ _TRAINER_OPTIMIZERS = {
 }
 
 
-def recipe_lines(shape: Shape, trained: Method, best: "Setting", request: "Request") -> dict[str, dict[str, Any]]:
+def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request) -> dict[str, dict[str, Any]]:
     """Lines of a recipe, by section; none for what `crosslayer pretrain` does not train (adapters, SLTrain, ReLoRA)."""
     if shape.factorization == "sltrain" or trained.adapter is not None or trained.optimizer == "relora":
         return {}

@@ -52,18 +52,22 @@ class Linear:
 
     @property
     def in_features(self) -> int:
+        """Width of the input."""
         return self.position.in_features
 
     @property
     def out_features(self) -> int:
+        """Width of the output."""
         return self.position.out_features
 
     @property
     def is_mixture(self) -> bool:
+        """Whether it is the same position of several experts."""
         return self.position.mixture is not None
 
     @property
     def router(self) -> int:
+        """Of a mixture: parameters of its router; 0 elsewhere."""
         return 0 if self.position.mixture is None else self.position.mixture.router
 
     @property
@@ -139,6 +143,7 @@ class Layer:
 
     @cached_property
     def query_width(self) -> int:
+        """Width of all queries together."""
         return self.attention.heads * self.attention.key_dim
 
     @cached_property
@@ -272,6 +277,7 @@ class Shape:
 
     @property
     def num_hidden_layers(self) -> int:
+        """Number of layers."""
         return len(self.layers)
 
     @property

@@ -14,6 +14,7 @@ class Precision:
 
     @property
     def is_autocast(self) -> bool:
+        """Whether products have fewer bytes than the weights."""
         return self.products < self.weights
 
     @property
@@ -70,6 +71,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
+        """Tokens of a micro-batch."""
         return self.sequence * self.micro_batch
 
 

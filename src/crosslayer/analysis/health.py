@@ -114,6 +114,7 @@ class HealthLog:
             temporary.replace(self.path)
 
     def append(self, record: dict[str, Any]) -> None:
+        """One more line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

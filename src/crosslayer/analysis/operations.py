@@ -1,7 +1,9 @@
 """Operations of what really runs, by torch's own counter."""
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..private import attention_operations, fused_attention_on_cpu, grouped_product
 
 aten = torch.ops.aten
 
@@ -27,10 +29,11 @@ class OperationCounter(FlopCounterMode):
     """
 
     def __init__(self) -> None:
+        forward, backward = fused_attention_on_cpu()
         fused = {
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-            aten._grouped_mm: _grouped_product,
+            forward: _attention_forward,
+            backward: _attention_backward,
+            grouped_product(): _grouped_product,
         }
         super().__init__(display=False, custom_mapping=fused)
         self.flop_registry[aten.addmm_] = self.flop_registry[aten.addmm]  # not known in place
@@ -38,7 +41,7 @@ class OperationCounter(FlopCounterMode):
 
 
 def _attention_forward(query_shape, key_shape, value_shape, *_, **__) -> int:
-    return sdpa_flop_count(query_shape, _heads(key_shape, query_shape), _heads(value_shape, query_shape))
+    return attention_operations(query_shape, _heads(key_shape, query_shape), _heads(value_shape, query_shape))
 
 
 def _attention_backward(gradient_shape, query_shape, key_shape, value_shape, *_, **__) -> int:

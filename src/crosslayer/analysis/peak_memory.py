@@ -25,6 +25,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..private import storage_address
+
 PARTS = ("parameters", "gradients", "optimizer", "activations", "temporary", "other")
 PHASES = ("forward", "backward", "optimizer")
 
@@ -53,9 +55,11 @@ class PeakMemory:
 
     @property
     def total_bytes(self) -> int:
+        """All parts together."""
         return sum(self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return {"total": self.total_bytes, "phase": self.phase, **self.parts}
 
 
@@ -74,7 +78,7 @@ class StorageWatch(TorchDispatchMode):
     def number(self, tensor: torch.Tensor) -> int:
         """The number of a tensor's storage, noted now if it is new."""
         storage = tensor.untyped_storage()
-        address = storage._cdata
+        address = storage_address(storage)
         known = self._living.get(address)
         if known is not None and known[0]() is storage:
             self._note_resize(address, storage.nbytes())
@@ -85,6 +89,7 @@ class StorageWatch(TorchDispatchMode):
         return number
 
     def living(self) -> set[int]:
+        """Numbers of the storages that are alive."""
         return {number for _, number, _ in self._living.values()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -30,6 +30,7 @@ class SuggestedRanks:
     basis: str
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
         ranks = {f"layers.{layer}.{position}": rank for (layer, position), rank in self.ranks.items()}
         return {
             "rank_pattern": self.rank_pattern,
@@ -94,6 +95,7 @@ def suggest_ranks(spectra: Spectra, budget: int | None = None, multiple: int | N
 
 
 def key(linear: LinearSpectra) -> tuple[int, str]:
+    """Layer and position, which the ranks are kept by."""
     return linear.layer, linear.position
 
 

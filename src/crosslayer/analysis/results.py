@@ -53,6 +53,7 @@ def make_folder(folder: Path) -> None:
 
 
 def has_matplotlib() -> bool:
+    """Whether pictures can be drawn."""
     from importlib.util import find_spec
 
     return find_spec("matplotlib") is not None

@@ -25,6 +25,7 @@ class SavedActivations:
 
     @property
     def total_bytes(self) -> int:
+        """Of all layers, and elsewhere."""
         return sum(self.layer_bytes) + self.elsewhere_bytes
 
     def growth_per_layer(self, deeper: "SavedActivations") -> float:

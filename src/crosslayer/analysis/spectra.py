@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from .gram import SymmetricGram, eigenvalues, gram_size
 from .positions import Position, find_positions
 
 KINDS = {
@@ -37,60 +38,9 @@ KINDS = {
     "learned": "Y_l - b Y_{l-1}, the model's own b",
 }
 ENERGIES = (0.9, 0.99)
-PANELS = 8
-SMALLEST_PANEL = 128
 ROWS = 2048  # tokens in one float32 product
 
 Batch = dict[str, torch.Tensor]
-
-
-class SymmetricGram:
-    """sum of Y^T Y [F, F] in float64, upper part only, as row panels.
-
-    Each product is made in Y's own dtype (float32 or float64) over a few rows and added in float64: the rounding of a
-    sum over all tokens is that of those rows, about 1e-7 of the largest entry in float32. With 8 panels it takes 9/16
-    of the operations and 4.5 bytes per entry of the full matrix.
-    """
-
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.width = width
-        self.starts = list(range(0, width, panel_height(width)))
-        self.panels = [
-            torch.zeros(min(panel_height(width), width - start), width - start, dtype=torch.float64, device=device)
-            for start in self.starts
-        ]
-
-    def add(self, Y: torch.Tensor) -> None:
-        """Y [tokens, F]."""
-        for start, panel in zip(self.starts, self.panels, strict=True):
-            panel += Y[:, start : start + panel.shape[0]].t() @ Y[:, start:]
-
-    def trace(self) -> float:
-        return float(sum(panel.diagonal().sum() for panel in self.panels))
-
-    def add_to(self, full: torch.Tensor, factor: float) -> None:
-        """full [F, F], lower part: += factor times this."""
-        for start, panel in zip(self.starts, self.panels, strict=True):
-            full[start:, start : start + panel.shape[0]].add_(panel.t(), alpha=factor)
-
-
-def panel_height(width: int) -> int:
-    return max(SMALLEST_PANEL, -(-width // PANELS))
-
-
-def gram_size(width: int) -> int:
-    """Bytes of a SymmetricGram of this width."""
-    height = panel_height(width)
-    return sum(8 * min(height, width - start) * (width - start) for start in range(0, width, height))
-
-
-def eigenvalues(terms: Sequence[tuple[float, SymmetricGram]]) -> torch.Tensor:
-    """Squared singular values, largest first, float64 on the CPU, of a combination of Gram matrices."""
-    first = terms[0][1]
-    full = torch.zeros(first.width, first.width, dtype=torch.float64, device=first.panels[0].device)
-    for factor, gram in terms:
-        gram.add_to(full, factor)
-    return torch.linalg.eigvalsh(full, UPLO="L").flip(0).clamp_min(0).cpu()
 
 
 @dataclass
@@ -155,6 +105,7 @@ class LinearSpectra:
         return int((squares.cumsum(0) / squares.sum() < share).sum()) + 1
 
     def to_dict(self, ranks: Sequence[int]) -> dict[str, Any]:
+        """For JSON."""
         kinds = [kind for kind in KINDS if kind in self.squares]
         return {
             "layer": self.layer,
@@ -188,6 +139,7 @@ class Spectra:
     linears: list[LinearSpectra] = field(default_factory=list)
 
     def at(self, layer: int, position: str) -> LinearSpectra | None:
+        """The spectra of one layer and position; None where there are none."""
         return next((x for x in self.linears if (x.layer, x.position) == (layer, position)), None)
 
     def of(self, position: str, kind: str = "output") -> list[LinearSpectra]:
@@ -196,9 +148,11 @@ class Spectra:
 
     @property
     def kinds(self) -> list[str]:
+        """Kinds of matrices that there are, in the order of `KINDS`."""
         return [kind for kind in KINDS if any(kind in x.squares for x in self.linears)]
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return {
             "layers": self.layers,
             "tokens": self.tokens,
@@ -271,6 +225,7 @@ def _report(on_batch: Callable[[int, int], None], done: int, total: int, batches
 
 
 def choose_positions(positions: list[Position], only: Sequence[str] | None) -> list[Position]:
+    """Those that are asked for. Raises ConfigError for one that the model has not."""
     names = [position.name for position in positions]
     unknown = [name for name in only or () if name not in names]
     if unknown:
@@ -302,6 +257,7 @@ def quarter_of(model: nn.Module, positions: list[Position]) -> int:
 
 
 def count_tokens(batch: Batch) -> int:
+    """Tokens of all batches, padding aside."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
 

@@ -18,6 +18,7 @@ class Module:
 
     @property
     def kind(self) -> str:
+        """What it is, for the legend."""
         return "injected: LoRA on query and value" if self.injected else "fused" if self.last > self.first else "LoR2C"
 
 

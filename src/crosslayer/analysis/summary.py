@@ -128,6 +128,7 @@ def table(spectra: Spectra) -> list[str]:
 
 
 def ranks_in_words(suggested: SuggestedRanks) -> list[str]:
+    """Suggested ranks for people, a line each."""
     patterns = ", ".join(f"'{pattern}': {rank}" for pattern, rank in suggested.rank_pattern.items())
     basis = {"learned": "the increments of the model itself", "least_squares": "Y_l - b0 Y_{l-1}"}[suggested.basis]
     return [

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from ..crnet import CRNetConfig, CRNetForCausalLM
 from ..errors import ConfigError
 from ..methods import METHODS, check_method
+from ..private import model_from_config
 
 REFERENCE = "llama"
 """transformers' own Llama: ratios are taken to it."""
@@ -142,7 +143,7 @@ class Contenders:
         model_class = LlamaForCausalLM if SETUPS[name].model == "llama" else CRNetForCausalLM
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
         with torch.device(self.device):
-            return model_class._from_config(self._config(name), attn_implementation=self.attention, dtype=dtype)
+            return model_from_config(model_class, self._config(name), attn_implementation=self.attention, dtype=dtype)
 
 
 __all__ = ["DEFAULT_METHODS", "DTYPES", "REFERENCE", "SETUPS", "Contenders", "Setup"]

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..accounting import peak_flops
 from ..analysis import measure_peak_memory
+from ..private import attention_operations, fused_attention_on_cpu
 from ..workers import initialize_worker, without_interrupts
 from .contenders import REFERENCE, SETUPS, Contenders
 
@@ -120,6 +121,7 @@ class OwnProcess:
         self.name = name
 
     def wait_until_ready(self) -> None:
+        """Until the model is there."""
         self._ask("whether it is ready")
 
     def __call__(self) -> None:
@@ -133,6 +135,7 @@ class OwnProcess:
             raise RuntimeError(f"The process that trains {self.name} has ended; its traceback is above.") from None
 
     def close(self) -> None:
+        """Ends the process."""
         self.connection.close()
         self.process.join()
 
@@ -149,10 +152,7 @@ def _serve_steps(connection: Connection, contenders: Contenders, name: str, ids:
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, out_shape=None, **kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-_FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attention_operations(query, key, value)
 
 
 def matrix_operations(model: nn.Module, ids: torch.Tensor) -> int:
@@ -160,7 +160,8 @@ def matrix_operations(model: nn.Module, ids: torch.Tensor) -> int:
 
     Attention counts as the full square, as on CUDA; torch's counter does not know the CPU's fused kernel by itself.
     """
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={_FUSED_ON_CPU: _attention}) as counter:
+    known = {fused_attention_on_cpu()[0]: _attention}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
         model(input_ids=ids, labels=ids, use_cache=False)
     return 3 * counter.get_total_flops()
 

@@ -1,13 +1,20 @@
 """`crosslayer analyze`: cross-layer spectra of a model, ranks for CR-Net, the health of a run."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import Data, Device, Split, TextColumn, spelled
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..analysis import Spectra
+    from ..analysis.ranks import SuggestedRanks
+    from ..data import DataConfig
 
 SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
@@ -19,47 +26,37 @@ def analyze(
     health: Annotated[
         bool, typer.Option("--health", help="Draw the training health of MODEL, the folder of a CR-Net run.")
     ] = False,
-    data: Annotated[
-        str, typer.Option(help="python-library, a file, a folder, or hf:owner/name[:config].")
-    ] = "python-library",
-    text_column: Annotated[
-        str, typer.Option("--text_column", "--text-column", help="Field that holds the text.")
-    ] = "text",
-    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+    data: Data = "python-library",
+    text_column: TextColumn = "text",
+    split: Split = "train",
     max_tokens: Annotated[
-        int, typer.Option("--max_tokens", "--max-tokens", help="Tokens to read; at least four times the widest output.")
+        int, spelled("max_tokens", "Tokens to read; at least four times the widest output.")
     ] = 32_768,
     block_size: Annotated[
         int | None,
-        typer.Option("--block_size", "--block-size", help="Longest piece in tokens [default: the model's, <= 512]."),
+        spelled("block_size", "Longest piece in tokens [default: the model's, <= 512]."),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", "--batch-size", help="Pieces at a time.")] = 8,
+    batch_size: Annotated[int, spelled("batch_size", "Pieces at a time.")] = 8,
     ranks: Annotated[
         str | None, typer.Option(help="Ranks to report, such as 16,64,256 [default: powers of two and width / 4].")
     ] = None,
     positions: Annotated[
         str | None, typer.Option(help="Positions to look at, such as q,k,down [default: all].")
     ] = None,
-    suggest_ranks: Annotated[
-        bool, typer.Option("--suggest-ranks", "--suggest_ranks", help="Turn the spectra into a rank_pattern.")
-    ] = False,
+    suggest_ranks: Annotated[bool, spelled("suggest-ranks", "Turn the spectra into a rank_pattern.")] = False,
     rank_budget: Annotated[
         str | None,
-        typer.Option(
-            "--rank_budget",
-            "--rank-budget",
-            help="Parameters of all A and B, such as 250k [default: the CR-Net's own, else those of rank width / 4].",
+        spelled(
+            "rank_budget",
+            "Parameters of all A and B, such as 250k [default: the CR-Net's own, else those of rank width / 4].",
         ),
     ] = None,
-    rank_multiple: Annotated[
-        int | None, typer.Option("--rank_multiple", "--rank-multiple", help="Step of the ranks [default: 8 at most].")
-    ] = None,
+    rank_multiple: Annotated[int | None, spelled("rank_multiple", "Step of the ranks [default: 8 at most].")] = None,
     gram_memory: Annotated[
         str | None,
-        typer.Option(
-            "--gram_memory",
-            "--gram-memory",
-            help="Bytes of Gram matrices at a time, such as 4G; less means more passes over the text [default: a "
+        spelled(
+            "gram_memory",
+            "Bytes of Gram matrices at a time, such as 4G; less means more passes over the text [default: a "
             "quarter of the weights, at least 256 MiB].",
         ),
     ] = None,
@@ -67,10 +64,10 @@ def analyze(
     seed: Annotated[int, typer.Option(help="Of those weights.")] = 0,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name [default: the model's].")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16, float64.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")] = None,
+    device: Device = None,
     output_dir: Annotated[
         str | None,
-        typer.Option("--output_dir", "--output-dir", help="Folder of the results [default: runs/analysis/NAME]."),
+        spelled("output_dir", "Folder of the results [default: runs/analysis/NAME]."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
@@ -80,83 +77,118 @@ def analyze(
     Y_l - Y_{l-1}, cosines, stable, effective and energy ranks. Writes spectra.json, summary.md, curves.png and
     maps.png; ranks.png with --suggest-ranks, comparison.png with --before and --after, health.png with --health.
     """
-    from ..errors import ConfigError
     from .common import print_json, quiet_libraries
-    from .progress import progress
 
-    given = [name for name, value in (("MODEL", model), ("--before", before), ("--after", after)) if value]
-    for is_wrong, message in (
-        (given not in (["MODEL"], ["--before", "--after"]), "give MODEL, or both --before and --after"),
-        (health and not model, "--health wants MODEL, the folder of a CR-Net run"),
-        (suggest_ranks and not model, "--suggest-ranks is for one MODEL, not for a comparison"),
-        (suggest_ranks and health, "--suggest-ranks and --health exclude each other"),
-        (
-            bool(rank_budget or rank_multiple) and not suggest_ranks,
-            "rank_budget and rank_multiple need --suggest-ranks",
-        ),
-    ):
-        if is_wrong:
-            raise ConfigError(message)
+    check_subject(model, before, after, health=health, suggest=suggest_ranks, ranked=bool(rank_budget or rank_multiple))
     budget, gram_bytes = parse_size(rank_budget, "rank_budget"), parse_size(gram_memory, "gram_memory")
-    chosen_ranks = parse_ranks(ranks)
-    name = short_name(model) if model else f"{short_name(before or '')}-{short_name(after or '')}"
-    folder = Path(output_dir or f"runs/analysis/{name}")
+    measuring = {"ranks": parse_ranks(ranks), "only": positions.split(",") if positions else None}
+    names = [name for name in (model, before, after) if name]
+    folder = Path(output_dir or f"runs/analysis/{'-'.join(map(short_name, names))}")
     if health:
-        show_health(str(model), folder, as_json)
+        show_health(names[0], folder, as_json)
         return
 
     quiet_libraries()
-    from ..analysis.ranks import suggest_ranks as suggest
-    from ..analysis.spectra import measure_spectra
     from ..data import DataConfig
-    from ..data.fit import block_length
-    from ..loading import load_body, load_text_tokenizer
     from .evaluate import choose_device
 
     place = choose_device(device)
     source = DataConfig(data=data, text_column=text_column, split=split, streaming=data.startswith("hf:"))
-    names = [str(each) for each in ([model] if model else [before, after])]
-    spectra: list[Spectra] = []
-    batches: list[dict[str, Any]] = []
-    for each in names:
-        body = load_body(each, untrained=untrained, seed=seed, dtype=dtype)
-        if not batches:
-            text_tokenizer = load_text_tokenizer(tokenizer or each)
-            size = block_length(block_size, text_tokenizer, body, 512)
-            batches = read_batches(source, text_tokenizer, body, max_tokens, size, batch_size)
-        with progress(f"analyzing {short_name(each)}", hidden=as_json) as on_batch:
-            spectra.append(
-                measure_spectra(
-                    body.to(place),
-                    batches,
-                    ranks=chosen_ranks,
-                    only=positions.split(",") if positions else None,
-                    gram_bytes=gram_bytes,
-                    on_batch=on_batch,
-                )
-            )
-        del body
+    text = Text(source, tokenizer, max_tokens, block_size, batch_size)
+    weights = {"untrained": untrained, "seed": seed, "dtype": dtype}
+    spectra = list(
+        measured(names, text, weights, place, hidden=as_json, settings={**measuring, "gram_bytes": gram_bytes})
+    )
 
-    # Imported late: they weigh as much as a small model, which is gone by now.
-    from ..analysis.results import make_folder, write_analysis, write_comparison
-    from ..provenance import describe_run
+    # Imported late: it weighs as much as a small model, which is gone by now.
+    from ..analysis.ranks import suggest_ranks as suggest
 
     what = {"text": data if source.data == "python-library" else Path(data).name, "device": place, "dtype": dtype}
     if untrained:
         what["weights"] = f"untrained, seed {seed}"
     suggested = suggest(spectra[0], budget, rank_multiple) if suggest_ranks else None
-    make_folder(folder)
-    if model:
-        what = {"model": name, **what}
-        content, words = write_analysis(folder, spectra[0], what, describe_run(), suggested)
-    else:
-        what = {"before": short_name(names[0]), "after": short_name(names[1]), **what}
-        content, words = write_comparison(folder, spectra[0], spectra[1], what, describe_run())
+    content, words = write_spectra(folder, names, spectra, what, suggested)
     if as_json:
         print_json(content)
     else:
         print(words)
         show_paths(folder)
+
+
+def check_subject(
+    model: str | None, before: str | None, after: str | None, *, health: bool, suggest: bool, ranked: bool
+) -> None:
+    """Raises ConfigError for options that do not belong together."""
+    from ..errors import ConfigError
+
+    given = [name for name, value in (("MODEL", model), ("--before", before), ("--after", after)) if value]
+    for is_wrong, message in (
+        (given not in (["MODEL"], ["--before", "--after"]), "give MODEL, or both --before and --after"),
+        (health and not model, "--health wants MODEL, the folder of a CR-Net run"),
+        (suggest and not model, "--suggest-ranks is for one MODEL, not for a comparison"),
+        (suggest and health, "--suggest-ranks and --health exclude each other"),
+        (ranked and not suggest, "rank_budget and rank_multiple need --suggest-ranks"),
+    ):
+        if is_wrong:
+            raise ConfigError(message)
+
+
+@dataclass
+class Text:
+    """What the models read."""
+
+    source: "DataConfig"
+    tokenizer: str | None
+    max_tokens: int
+    block_size: int | None
+    batch_size: int
+
+    def batches(self, model_name: str, model: Any) -> list[dict[str, Any]]:
+        """Batches for a model. Raises ConfigError where the tokens are not the model's."""
+        from ..data.fit import block_length
+        from ..loading import load_text_tokenizer
+
+        tokenizer = load_text_tokenizer(self.tokenizer or model_name)
+        size = block_length(self.block_size, tokenizer, model, 512)
+        return read_batches(self.source, tokenizer, model, self.max_tokens, size, self.batch_size)
+
+
+def measured(
+    names: list[str], text: Text, weights: dict[str, Any], place: str, *, hidden: bool, settings: dict[str, Any]
+) -> "Iterator[Spectra]":
+    """The spectra of each model on the tokens of the first, one model in memory at a time.
+
+    Args:
+        weights: further arguments of `load_body`.
+        hidden: whether progress is.
+        settings: further arguments of `measure_spectra`.
+    """
+    from ..analysis.spectra import measure_spectra
+    from ..loading import load_body
+    from .progress import progress
+
+    batches: list[dict[str, Any]] = []
+    for name in names:
+        body = load_body(name, **weights)
+        batches = batches or text.batches(name, body)
+        with progress(f"analyzing {short_name(name)}", hidden=hidden) as on_batch:
+            yield measure_spectra(body.to(place), batches, on_batch=on_batch, **settings)
+        del body
+
+
+def write_spectra(
+    folder: Path, names: list[str], spectra: "list[Spectra]", what: dict[str, str], suggested: "SuggestedRanks | None"
+) -> tuple[dict[str, Any], str]:
+    """What is printed as JSON, and in words; everything is in `folder`."""
+    from ..analysis.results import make_folder, write_analysis, write_comparison
+    from ..provenance import describe_run
+
+    make_folder(folder)
+    if len(names) == 1:
+        about = {"model": short_name(names[0]), **what}
+        return write_analysis(folder, spectra[0], about, describe_run(), suggested)
+    about = {"before": short_name(names[0]), "after": short_name(names[1]), **what}
+    return write_comparison(folder, spectra[0], spectra[1], about, describe_run())
 
 
 def show_health(run: str, folder: Path, as_json: bool) -> None:
@@ -183,7 +215,9 @@ def show_health(run: str, folder: Path, as_json: bool) -> None:
     show_paths(folder)
 
 
-def read_batches(source, tokenizer, model, max_tokens: int, block_size: int, batch_size: int) -> list[dict[str, Any]]:
+def read_batches(
+    source: "DataConfig", tokenizer: Any, model: Any, max_tokens: int, block_size: int, batch_size: int
+) -> list[dict[str, Any]]:
     """Batches of the source's text. Raises ConfigError where the tokens are not the model's."""
     from ..analysis.text import text_batches
     from ..data import load_documents
@@ -235,6 +269,7 @@ def short_name(name: str) -> str:
 
 
 def show_paths(folder: Path) -> None:
+    """The results in a folder, a line each."""
     for path in sorted(folder.glob("*.*")):
         if path.suffix in (".png", ".json", ".md"):
             print(path)

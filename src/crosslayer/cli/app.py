@@ -33,6 +33,7 @@ app.command()(checked(recipes.recipes))
 
 
 def show_version(asked: bool) -> None:
+    """Of `--version`: prints it and ends."""
     if asked:
         from .. import __version__
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import help_without_arguments
+from .options import Device, spelled
 from .ranges import checked
 
 if TYPE_CHECKING:
@@ -20,25 +21,18 @@ def choose(context: typer.Context) -> None:
 
 
 Methods = Annotated[str | None, typer.Option(help="Comma-separated; see the list below [default: all but the last].")]
-VocabSize = Annotated[int, typer.Option("--vocab_size", "--vocab-size", help="Vocabulary.")]
-HiddenSize = Annotated[int, typer.Option("--hidden_size", "--hidden-size", help="Width h.")]
-IntermediateSize = Annotated[
-    int | None, typer.Option("--intermediate_size", "--intermediate-size", help="Width of the MLP [default: 2.69 h].")
-]
-Heads = Annotated[
-    int | None, typer.Option("--num_attention_heads", "--num-attention-heads", help="Heads [default: h / 64].")
-]
+VocabSize = Annotated[int, spelled("vocab_size", "Vocabulary.")]
+HiddenSize = Annotated[int, spelled("hidden_size", "Width h.")]
+IntermediateSize = Annotated[int | None, spelled("intermediate_size", "Width of the MLP [default: 2.69 h].")]
+Heads = Annotated[int | None, spelled("num_attention_heads", "Heads [default: h / 64].")]
 Rank = Annotated[int | None, typer.Option(help="Rank of the low-rank models [default: h / 4].")]
 Interval = Annotated[
     int | None,
-    typer.Option(
-        "--recompute_interval", "--recompute-interval", help="Full state every so many layers [default: the policy's]."
-    ),
+    spelled("recompute_interval", "Full state every so many layers [default: the policy's]."),
 ]
-Batch = Annotated[int, typer.Option("--batch_size", "--batch-size", help="Sequences in a step.")]
+Batch = Annotated[int, spelled("batch_size", "Sequences in a step.")]
 Sequence = Annotated[int, typer.Option(help="Tokens in a sequence.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or mixed: float32 weights under bf16 autocast.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 METHODS_HELP = """Methods: llama (transformers' own, always among them), dense, dense_checkpointing, cola, crnet (policy
 none), crnet_invert, crnet_replay, crnet_reversible, low_rank."""
@@ -104,7 +98,7 @@ def speed(
     vocab_size: VocabSize = 1024,
     hidden_size: HiddenSize = 512,
     intermediate_size: IntermediateSize = None,
-    num_hidden_layers: Annotated[int, typer.Option("--num_hidden_layers", "--num-hidden-layers", help="Layers.")] = 8,
+    num_hidden_layers: Annotated[int, spelled("num_hidden_layers", "Layers.")] = 8,
     num_attention_heads: Heads = None,
     rank: Rank = None,
     recompute_interval: Interval = None,
@@ -113,12 +107,10 @@ def speed(
     dtype: Dtype = "float32",
     parts: Annotated[str, typer.Option(help="Which of training,generation,memory.")] = "training,generation,memory",
     turns: Annotated[int, typer.Option(help="Counted turns of each contender.")] = 8,
-    warm_up: Annotated[int, typer.Option("--warm_up", "--warm-up", help="Turns before, not counted.")] = 2,
-    decode_batch: Annotated[
-        int, typer.Option("--decode_batch", "--decode-batch", help="Sequences of prefill and decode.")
-    ] = 1,
+    warm_up: Annotated[int, spelled("warm_up", "Turns before, not counted.")] = 2,
+    decode_batch: Annotated[int, spelled("decode_batch", "Sequences of prefill and decode.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option("--new_tokens", "--new-tokens", help="Tokens decoded in a turn.")] = 32,
+    new_tokens: Annotated[int, spelled("new_tokens", "Tokens decoded in a turn.")] = 32,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

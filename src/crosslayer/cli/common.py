@@ -69,6 +69,7 @@ def print_summary(title: str, rows: list[tuple[str, str]], frame: bool = True) -
 
 
 def print_json(content: Any) -> None:
+    """JSON on standard output."""
     print(json.dumps(content, indent=2))
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from . import interrupt
+from .options import spelled
 from .recipes import recipe_option
 
 
@@ -18,26 +19,25 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Runs of each method with its best learning rates.")] = 3,
     tuning_runs: Annotated[
         int,
-        typer.Option(
-            "--tuning_runs",
-            "--tuning-runs",
-            help="Most runs of the search for a method's learning rates; 0: the recipe's.",
+        spelled(
+            "tuning_runs",
+            "Most runs of the search for a method's learning rates; 0: the recipe's.",
         ),
     ] = 9,
     tuning_steps: Annotated[
         int | None,
-        typer.Option("--tuning_steps", "--tuning-steps", help="Steps of such a run [default: a quarter of max_steps]."),
+        spelled("tuning_steps", "Steps of such a run [default: a quarter of max_steps]."),
     ] = None,
     validation_blocks: Annotated[
         int,
-        typer.Option("--validation_blocks", "--validation-blocks", help="Blocks behind the curves and the search."),
+        spelled("validation_blocks", "Blocks behind the curves and the search."),
     ] = 128,
     workers: Annotated[
         int | None, typer.Option(help="Runs beside one another [default: torch's threads; on CUDA one].")
     ] = None,
     output_dir: Annotated[
         str | None,
-        typer.Option("--output_dir", "--output-dir", help="Folder of the comparison [default: runs/compare_NAME]."),
+        spelled("output_dir", "Folder of the comparison [default: runs/compare_NAME]."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on; methods and seeds may be added.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the comparison in the folder.")] = False,

@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from .options import Data, Device, Split, TextColumn, spelled
+
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a model, of an adapter, or of a run.")],
-    data: Annotated[
-        str, typer.Option(help="python-library, a file, a folder, or hf:owner/name[:config].")
-    ] = "python-library",
+    data: Data = "python-library",
     part: Annotated[
         Literal["all", "validation"] | None,
         typer.Option(
@@ -17,22 +17,16 @@ def evaluate(
             "[default: validation for python-library, all for the rest]."
         ),
     ] = None,
-    validation_fraction: Annotated[
-        float, typer.Option("--validation_fraction", "--validation-fraction", help="As in pre-training.")
-    ] = 0.02,
-    text_column: Annotated[
-        str, typer.Option("--text_column", "--text-column", help="Field that holds the text.")
-    ] = "text",
-    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+    validation_fraction: Annotated[float, spelled("validation_fraction", "As in pre-training.")] = 0.02,
+    text_column: TextColumn = "text",
+    split: Split = "train",
     block_size: Annotated[
         int | None,
-        typer.Option("--block_size", "--block-size", help="Longest context in tokens [default: the model's, <= 1024]."),
+        spelled("block_size", "Longest context in tokens [default: the model's, <= 1024]."),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", "--batch-size", help="Blocks at a time.")] = 8,
-    max_documents: Annotated[
-        int | None, typer.Option("--max_documents", "--max-documents", help="Read only the first so many.")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", "--skip_bad", help="Leave out unreadable input.")] = False,
+    batch_size: Annotated[int, spelled("batch_size", "Blocks at a time.")] = 8,
+    max_documents: Annotated[int | None, spelled("max_documents", "Read only the first so many.")] = None,
+    skip_bad: Annotated[bool, spelled("skip-bad", "Leave out unreadable input.")] = False,
     published: Annotated[
         bool,
         typer.Option(
@@ -40,7 +34,7 @@ def evaluate(
             help="Show beside it what GaLore's, SLTrain's and CoLA's scripts would print (divided by batches + 1).",
         ),
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")] = None,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity and bits per byte of CHECKPOINT on a text.

@@ -1,12 +1,17 @@
 """`crosslayer finetune`: train an adapter (or all) of a pre-trained model on a task."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import interrupt
+from .options import spelled
 from .recipes import recipe_option
+
+if TYPE_CHECKING:
+    from ..train.finetune import FinetunePlan
+    from ..train.finetune_report import FinetuneReport
 
 
 def finetune(
@@ -40,11 +45,11 @@ def finetune(
     ] = None,
     output_dir: Annotated[
         str | None,
-        typer.Option("--output_dir", "--output-dir", help="Folder of the run [default: runs/NAME, or TASK_METHOD]."),
+        spelled("output_dir", "Folder of the run [default: runs/NAME, or TASK_METHOD]."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run in the folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Show what would run, then stop.")] = False,
+    dry_run: Annotated[bool, spelled("dry-run", "Show what would run, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON.")] = False,
 ) -> None:
     """Fine-tune a pre-trained MODEL on a task with LoR2C, LoRA or all weights.
@@ -90,7 +95,7 @@ def finetune(
     show_report(report, folder)
 
 
-def show_plan(plan) -> None:
+def show_plan(plan: "FinetunePlan") -> None:
     """What was decided, before the first step."""
     from .common import print_summary
 
@@ -107,7 +112,8 @@ def show_plan(plan) -> None:
     print_summary(plan.recipe, rows, frame=False)
 
 
-def show_report(report, folder: str) -> None:
+def show_report(report: "FinetuneReport", folder: str) -> None:
+    """The final table, sample answers, and where everything is."""
     from pathlib import Path
 
     from .common import print_summary

@@ -5,23 +5,24 @@ from typing import Annotated
 
 import typer
 
+from .options import Device, spelled
+
 
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a model, of an adapter, or of a run.")],
     prompt: Annotated[str, typer.Option(help="Start of the text.")] = "",
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            "--max_new_tokens",
-            "--max-new-tokens",
-            help="Most tokens to add [default: 200, or what room is left].",
+        spelled(
+            "max_new_tokens",
+            "Most tokens to add [default: 200, or what room is left].",
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top_k", "--top-k", help="Sample among the k likeliest; 0 is all.")] = 50,
-    top_p: Annotated[float, typer.Option("--top_p", "--top-p", help="Sample within this probability mass.")] = 1.0,
+    top_k: Annotated[int, spelled("top_k", "Sample among the k likeliest; 0 is all.")] = 50,
+    top_p: Annotated[float, spelled("top_p", "Sample within this probability mass.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")] = None,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, at the end.")] = False,
 ) -> None:
     """Continue PROMPT with CHECKPOINT; tokens are printed as they are made."""

@@ -5,7 +5,6 @@ into a library, threads or processes that somebody waits for) is ended by a thre
 nothing heavy: it is at work before the rest of the command line is loaded.
 """
 
-import atexit
 import contextlib
 import os
 import signal
@@ -13,6 +12,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+from ..private import run_exit_functions
 
 PATIENCE_S = 1.3
 
@@ -72,7 +73,7 @@ def _leave() -> None:
         if name in sys.modules:
             for child in sys.modules[name].active_children():
                 child.kill()
-    atexit._run_exitfuncs()
+    run_exit_functions()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

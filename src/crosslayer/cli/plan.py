@@ -1,8 +1,16 @@
 """`crosslayer plan`: what a training would cost, and how to run it on given devices."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .options import spelled
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..accounting import Shape
+    from ..accounting.plan import MemoryPlan
 
 
 def plan(
@@ -16,15 +24,11 @@ def plan(
         str, typer.Option(help="crnet, dense, cola, low_rank, galore, galore_8bit, apollo, ...")
     ] = "crnet",
     rank: Annotated[int | None, typer.Option(help="Rank [default: a quarter of the width; 8 for adapters].")] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", "--gpu_memory", help="Of each, as 80GB [default: the device's].")
-    ] = None,
+    gpu_memory: Annotated[str | None, spelled("gpu-memory", "Of each, as 80GB [default: the device's].")] = None,
     gpus: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     device: Annotated[str | None, typer.Option(help="h100, h200, a100, rtx-4090, ... [default: h100].")] = None,
     sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
-    tokens_per_step: Annotated[
-        str, typer.Option("--tokens-per-step", "--tokens_per_step", help="Tokens of an optimizer step, as 1M.")
-    ] = "1M",
+    tokens_per_step: Annotated[str, spelled("tokens-per-step", "Tokens of an optimizer step, as 1M.")] = "1M",
     tokens: Annotated[
         str | None, typer.Option(help="Tokens of the training, as 20B [default: 20 per parameter of the dense model].")
     ] = None,
@@ -33,9 +37,7 @@ def plan(
     ] = "bf16_autocast",
     utilisation: Annotated[float, typer.Option(help="Share of the device's peak that is reached.")] = 0.4,
     reserve: Annotated[float, typer.Option(help="Share of the memory that is left alone.")] = 0.08,
-    tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel", "--tensor_parallel", help="Devices that split each layer.")
-    ] = 1,
+    tensor_parallel: Annotated[int, spelled("tensor-parallel", "Devices that split each layer.")] = 1,
     sharding: Annotated[str, typer.Option(help="auto (DDP where something fits, else FSDP), ddp or fsdp.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -70,7 +72,7 @@ def plan(
         show(found)
 
 
-def read_model(model: str):
+def read_model(model: str) -> "Shape | dict[str, Any] | str":
     """A shape by its name, from a config.json or its folder, or from the model section of a recipe."""
     import json
     from pathlib import Path
@@ -105,7 +107,7 @@ def read_model(model: str):
     return Shape.of(fields)
 
 
-def show(plan) -> None:
+def show(plan: "MemoryPlan") -> None:
     """Table of settings, the recommendation, its recipe lines, and the other methods."""
     import yaml
     from rich.console import Console

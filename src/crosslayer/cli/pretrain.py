@@ -1,23 +1,26 @@
 """`crosslayer pretrain`: train a language model from scratch, as a recipe says."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import interrupt
+from .options import spelled
 from .recipes import recipe_option
+
+if TYPE_CHECKING:
+    from ..train.report import RunReport
+    from ..train.run import Plan
 
 
 def pretrain(
     context: typer.Context,
     recipe: Annotated[str, recipe_option("A name that `crosslayer recipes` lists, or a YAML file.")],
-    output_dir: Annotated[
-        str | None, typer.Option("--output_dir", "--output-dir", help="Folder of the run [default: runs/NAME].")
-    ] = None,
+    output_dir: Annotated[str | None, spelled("output_dir", "Folder of the run [default: runs/NAME].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run in the folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Show what would run, then stop.")] = False,
+    dry_run: Annotated[bool, spelled("dry-run", "Show what would run, then stop.")] = False,
     prompt: Annotated[
         str | None,
         typer.Option(help="Start of the sample at the end [default: 'def ' for python-library, none for the rest]."),
@@ -63,7 +66,7 @@ def pretrain(
     show_paths(folder)
 
 
-def show_plan(plan) -> None:
+def show_plan(plan: "Plan") -> None:
     """What was decided, before the first step."""
     from .common import print_summary
 
@@ -94,13 +97,15 @@ def show_plan(plan) -> None:
     print_summary(plan.recipe, rows, frame=False)
 
 
-def show_report(report) -> None:
+def show_report(report: "RunReport") -> None:
+    """The final table, a sample, and where everything is."""
     from .common import print_summary
 
     print_summary(report.recipe["name"], report.rows())
 
 
-def show_sample(report, prompt: str) -> None:
+def show_sample(report: "RunReport", prompt: str) -> None:
+    """What the model makes of a prompt."""
     from ..evaluate.sample import sample
 
     positions = report.model.config.max_position_embeddings
@@ -112,6 +117,7 @@ def show_sample(report, prompt: str) -> None:
 
 
 def show_paths(folder: str) -> None:
+    """Where everything is."""
     from pathlib import Path
 
     print(f"checkpoint  {Path(folder) / 'model'}")

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(f"{__name__}.registration")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
 
 

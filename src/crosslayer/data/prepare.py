@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import ConfigError, DataError
+from ..private import dataset_fingerprint
 from ..ranges import LENGTH, out_of_range
 from . import cache
 from .config import DataConfig, cache_root
@@ -301,7 +302,7 @@ def pack_documents(
         load_from_cache_file=False,
         keep_in_memory=file is None,
         cache_file_name=None if file is None else str(file),
-        new_fingerprint=f"{documents._fingerprint}-{block_size}-{pad_last}",
+        new_fingerprint=f"{dataset_fingerprint(documents)}-{block_size}-{pad_last}",
         desc="Tokenising",
     )
     return blocks, packer.statistics()

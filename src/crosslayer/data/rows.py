@@ -49,6 +49,7 @@ class Rows:
         return len(self.content)
 
     def column(self, name: str) -> list[Any]:
+        """All values of one column, in order."""
         return [row.get(name) for row in self.content]
 
     def in_file_order(self, column: str) -> list[tuple[Any, str]]:

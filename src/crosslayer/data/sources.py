@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import DataError
+from ..private import dataset_fingerprint
 from .config import PYTHON_LIBRARY, DataConfig, cache_root, is_hub, local_path, parse_hub
 from .cutting import LONG_FILE_BYTES, LONG_TEXT_BYTES
 from .files import (
@@ -192,7 +193,7 @@ class HubSource:
         self._config = config
         name, configuration = parse_hub(spec)
         self._rows = _load_hub(spec, name, configuration, split, config.streaming)
-        version = hub_revision(name) if config.streaming else self._rows._fingerprint
+        version = hub_revision(name) if config.streaming else dataset_fingerprint(self._rows)
         self.identity: dict[str, Any] = {
             "hub": [name, configuration, split, version],
             "text_column": config.text_column,

@@ -36,19 +36,23 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
+        """exp of the loss."""
         return _exp(self.loss)
 
     @property
     def published_perplexity(self) -> float:
+        """exp of the published loss."""
         return _exp(self.published_loss)
 
     @property
     def bits_per_byte(self) -> float | None:
+        """Bits per UTF-8 byte; None where the bytes are not known."""
         if not self.utf8_bytes:
             return None
         return self.loss * self.tokens / math.log(2) / self.utf8_bytes
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON: the fields and what follows from them."""
         return {
             **asdict(self),
             "perplexity": self.perplexity,

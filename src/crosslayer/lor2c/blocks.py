@@ -85,6 +85,7 @@ class AdaptedBlocks:
 
     @property
     def can_be_injected(self) -> bool:
+        """Whether the adapter was made to be injected (`injectable`)."""
         return all(self.adapter_name in layer.lor2c_inject_A for layer in self.layers)
 
     # Operations

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import CheckpointError, ConfigError
+from ..private import is_replica
 from .structure import Span
 
 MERGE_REASON = (
@@ -224,7 +225,7 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
     def is_up_to_date(self) -> bool:
         """Whether every state was read. Loading replaces buffers, or tells by the hook of `load_state_dict`."""
         states = self.lor2c_state
-        if torch.compiler.is_compiling() or getattr(self, "_is_replica", False):  # of torch.nn.DataParallel
+        if torch.compiler.is_compiling() or is_replica(self):  # of torch.nn.DataParallel
             return True
         return len(states) == len(self._read) and all(self._read.get(name) is states[name] for name in states)
 
@@ -271,9 +272,11 @@ class Stack:
         self.token = next(_numbers)
 
     def hand_on(self, adapter_name: str, tensor: torch.Tensor) -> None:
+        """Leaves what the next block adds."""
         _handed_on.tensors[self.token, adapter_name] = tensor
 
     def take(self, adapter_name: str) -> torch.Tensor:
+        """What a block before has left."""
         return _handed_on.tensors.pop((self.token, adapter_name))
 
     def read(self) -> None:

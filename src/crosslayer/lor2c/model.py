@@ -11,13 +11,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, ConfigError
+from ..private import excluded_module
 from .blocks import AdaptedBlocks
 from .config import LoR2CConfig
 from .layer import MERGE_REASON, LoR2CLayer, Stack
@@ -58,7 +59,7 @@ class LoR2CModel(BaseTuner):
         if not _matches(key, peft_config.target_modules):
             return False
         if peft_config.exclude_modules and _matches(key, peft_config.exclude_modules):
-            return _ExcludedModule()
+            return excluded_module()()
         if peft_config.layers_to_transform is None:
             return True
         stack, _, number = key.rpartition(".")
@@ -76,7 +77,7 @@ class LoR2CModel(BaseTuner):
         keys = {name: module for name, module in self.model.named_modules() if name and ".lor2c" not in f".{name}"}
         matches = {name: self._check_target_module_exists(config, name) for name in keys}
         found = {name: keys[name] for name, match in matches.items() if match and match is not False}
-        found = {name: module for name, module in found.items() if not isinstance(matches[name], _ExcludedModule)}
+        found = {name: module for name, module in found.items() if not isinstance(matches[name], excluded_module())}
         if not found:
             candidates = [f"{name}.0 ... {name}.{n - 1}" for name, n in lists_of_blocks(self.model).items()]
             raise ConfigError(
@@ -227,6 +228,7 @@ class LoR2CModel(BaseTuner):
                 handle.remove()
 
     def get_config(self) -> Any:
+        """The configuration of the model below; None where it has none."""
         return getattr(self.model, "config", None)
 
     # Saved state

@@ -38,6 +38,7 @@ class Span:
 
     @property
     def is_fused(self) -> bool:
+        """Whether it covers several blocks."""
         return self.last > self.first
 
     def __len__(self) -> int:
@@ -77,6 +78,7 @@ class Structure:
 
     @property
     def injections(self) -> int:
+        """How many blocks gave their module for LoRA."""
         return len(self.injected)
 
     def span_of(self, block: int) -> Span:

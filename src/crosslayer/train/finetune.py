@@ -314,6 +314,7 @@ def default_training(task: Task, adapter: AdapterConfig) -> dict[str, Any]:
 
 
 def make_plan(recipe: FinetuneRecipe, task: Task, model: nn.Module, arguments: TrainingArguments) -> FinetunePlan:
+    """What a run with this recipe and this task would do. Raises ConfigError where it would take no step."""
     rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     steps = arguments.max_steps
     if steps <= 0:

@@ -32,6 +32,7 @@ class FinetuneReport:
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:

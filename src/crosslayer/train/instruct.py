@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..errors import ConfigError, DataError
+from ..private import metrics_of_sft
 from .losses import IGNORE_INDEX
 from .trainer import SafeTrainer, training_arguments
 
@@ -58,10 +59,11 @@ class InstructionTrainer(SafeTrainer, SFTTrainer):
         tokens = sum(count for _, count in self._batches)
         if tokens:
             output.metrics[f"{metric_key_prefix}_loss"] = sum(loss * count for loss, count in self._batches) / tokens
-            for name, values in self._metrics["eval"].items():
+            metrics = metrics_of_sft(self)["eval"]
+            for name, values in metrics.items():
                 if len(values) == len(self._batches):
                     pairs = zip(values, self._batches, strict=True)
-                    self._metrics["eval"][name] = [sum(value * count for value, (_, count) in pairs) / tokens]
+                    metrics[name] = [sum(value * count for value, (_, count) in pairs) / tokens]
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -7,7 +7,8 @@ import psutil
 import torch
 
 from ..accounting import Method, Precision, Sharding, Step, count_operations, estimate_memory, method_of
-from ..accounting.planner import DEFAULT_RESERVE, policies_of, show_bytes
+from ..accounting.plan import DEFAULT_RESERVE
+from ..accounting.planner import policies_of, show_bytes
 from ..crnet import CRNetConfig
 from ..errors import ConfigError
 

@@ -132,6 +132,7 @@ class AdapterConfig:
 
     @property
     def is_lor2c(self) -> bool:
+        """Whether the method is LoR2C or one of its variants."""
         return self.method.endswith("lor2c")
 
     @property

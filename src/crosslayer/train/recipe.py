@@ -243,6 +243,7 @@ _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
 
 
 def field_types(kind: type[_AnyRecipe], section: str) -> dict[str, Any]:
+    """Name of a field -> its type, for a dataclass of a recipe."""
     owner: Any = _OWNERS.get((kind, section))
     if owner is None and section == "model":
         from ..crnet.families import FAMILIES, config_class, field_names

@@ -43,6 +43,7 @@ class RunReport(RunFacts):
     tokenizer: Any = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON: all but model and tokenizer."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "tokenizer")}
 
     def rows(self) -> list[tuple[str, str]]:

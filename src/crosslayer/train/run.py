@@ -174,6 +174,7 @@ def make_plan(
     arguments: "TrainingArguments",
     recompute: str | None = None,
 ) -> Plan:
+    """What a run with this recipe and these data would do. Raises ConfigError where it would take no step."""
     tokens_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     tokens_per_step *= recipe.data.block_size
     blocks = len(prepared.train) if hasattr(prepared.train, "__len__") else None

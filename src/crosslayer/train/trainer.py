@@ -18,6 +18,7 @@ from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient
 from ..crnet import CRNetConfig
 from ..errors import ConfigError, CrossLayerError, TrainingError
 from ..evaluate import measure_perplexity
+from ..private import prepare_anew, set_last_rates
 from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_manifest
 from .losses import NextTokenLoss, without_repeats
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
@@ -124,7 +125,7 @@ class SafeTrainer(Trainer):
             # take it for wrapped, and every process would train alone, on its own rows.
             self.model_wrapped = self.model
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
+            prepare_anew(self.model)
         # The Trainer would take any folder that begins like a checkpoint for one of its own to remove.
         self._most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -197,10 +198,9 @@ class SafeTrainer(Trainer):
             group.update(settings)
         if isinstance(schedule, LambdaLR):
             schedule.base_lrs = rates
-            schedule._last_lr = [
-                rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+            now = [rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)]
+            set_last_rates(schedule, now)
+            for group, rate in zip(optimizer.param_groups, now, strict=True):
                 group["lr"] = rate
         return None
 
