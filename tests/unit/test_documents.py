@@ -9,6 +9,7 @@ import transformers as t
 from crosslayer.errors import ConfigError
 from crosslayer.evaluate import measure_perplexity
 from crosslayer.evaluate.documents import single_documents, try_out
+from family_cases import FAMILY_CASES
 from model_cases import model_of
 
 VOCABULARY = 64
@@ -74,6 +75,46 @@ def test_the_loss_is_that_of_documents_alone(name):
     assert measure_perplexity(model, [batch]).loss == pytest.approx(expected, rel=3e-6)
     together = {**batch, "position_ids": torch.arange(60).expand(3, -1)}
     assert measure_perplexity(model, [together]).loss != pytest.approx(expected, rel=3e-5), "nothing to keep apart"
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in MODELS if not MODELS[name][1]])
+def test_no_rounding_hides_a_document_before(name, dtype, scale):
+    """However little it moves: in bfloat16 an untrained BLOOM does by less than a bit of its largest logit."""
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(MODELS[name][0]()).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    reader = try_out(model, torch.device("cpu"))
+    assert not reader.keeps_documents_apart
+    assert "position ids" in reader.reason or "moves a prediction by" in reader.reason
+
+
+WIDE = {"moe_intermediate_size": 32, "hidden_size": 64, "intermediate_size": 128, "q_lora_rank": 16, "kv_lora_rank": 16}
+MIXTURES = {
+    **{
+        f"{whose}_{name}": (lambda name=name, whose=whose: getattr(FAMILY_CASES[name].but(**WIDE), whose)())
+        for name in FAMILY_CASES
+        if FAMILY_CASES[name].has_experts
+        for whose in ("model", "theirs")
+    },
+    "mixtral": lambda: t.MixtralForCausalLM(
+        t.MixtralConfig(**SMALL, **HEADS, intermediate_size=64, num_key_value_heads=2)
+    ).eval(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_keep_documents_apart_to_rounding(name, dtype):
+    """Their experts multiply the same tokens in other groups, and round otherwise."""
+    model = MIXTURES[name]().to(dtype)
+    assert try_out(model, torch.device("cpu")).keeps_documents_apart
+    batch = packed([20, 1, 15, 24], rows=2)
+    if dtype == torch.float32:
+        assert measure_perplexity(model, [batch]).loss == pytest.approx(one_by_one(model, batch), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,6 +21,10 @@ PROBE_TOKENS = 12  # of each of the two documents that a model is tried out with
 # Of the largest logit. Between equal shapes only the experts of a mixture may round otherwise; other shapes take other
 # kernels, TF32 among them.
 NOISE, NOISE_OF_SHAPES, NOISE_OF_HALF = 1e-3, 1e-2, 5e-2
+# Between packed rows a mixture multiplies the same tokens in other groups: what rounding moves, at most, and how little
+# that is of what a document before would move if it were seen.
+NOISE_OF_GROUPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+SHARE_OF_SEEN = 0.02
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Reader:
 
     model: nn.Module
     keeps_documents_apart: bool
+    reason: str = ""
+    """Why it does not, in words."""
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """input_ids [B, T] and what else the model takes -> [B, T, V]."""
@@ -40,7 +46,8 @@ def try_out(model: nn.Module, device: torch.device) -> Reader:
     """Whether `model`, in evaluation mode, keeps packed documents apart.
 
     Two rows of two documents each are read, once with another first document: nothing may change in the second one,
-    not in a single bit, and it must have the logits it has alone. In doubt the answer is no, which only costs time.
+    in a mixture of experts nothing but rounding, and it must have the logits it has alone. In doubt the answer is no,
+    which only costs time.
 
     Raises ConfigError for a model that sees the tokens it is to predict.
     """
@@ -61,16 +68,26 @@ def try_out(model: nn.Module, device: torch.device) -> Reader:
             "perplexity of it would mean nothing; give a causal language model (encoders: config.is_decoder=true)"
         )
     if not _takes(model, "position_ids"):
-        return Reader(model, False)
-    positions = torch.cat([alone, alone], dim=1)
-    after_first, after_other = (
-        _forward(model, input_ids=torch.cat([before, second], dim=1), position_ids=positions)[:, PROBE_TOKENS:]
-        for before in (first, other)
-    )
-    is_unmoved = torch.equal(after_first, after_other)
-    difference = (after_first[:, :-1].float() - logits).abs().max()
-    is_as_alone = bool(difference <= (NOISE_OF_HALF if is_half else NOISE_OF_SHAPES) * largest)
-    return Reader(model, is_unmoved and is_as_alone)
+        return Reader(model, False, "it reads no position ids")
+
+    def after(before: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat([before, second], dim=1)
+        return _forward(model, input_ids=ids, position_ids=positions)[:, PROBE_TOKENS:].float()
+
+    apart, together = torch.cat([alone, alone], dim=1), torch.arange(2 * PROBE_TOKENS, device=device).expand(2, -1)
+    after_first = after(first, apart)
+    moved = (after_first - after(other, apart)).abs().max()
+    if moved > 0:
+        seen = (after(first, together) - after(other, together)).abs().max()
+        precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+        if moved > NOISE_OF_GROUPS[precision] * largest or moved > SHARE_OF_SEEN * seen:
+            share = float(moved / largest)
+            return Reader(model, False, f"the one before moves a prediction by {share:.1e} of the largest logit")
+    difference = (after_first[:, :-1] - logits).abs().max()
+    if difference > (NOISE_OF_HALF if is_half else NOISE_OF_SHAPES) * largest:
+        share = float(difference / largest)
+        return Reader(model, False, f"packed, a prediction is {share:.1e} of the largest logit from what it is alone")
+    return Reader(model, True)
 
 
 def single_documents(

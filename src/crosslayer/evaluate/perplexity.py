@@ -96,7 +96,7 @@ def measure_perplexity(
             if reader is None:
                 reader = try_out(model, device)
                 if "position_ids" in inputs and not reader.keeps_documents_apart:
-                    _log.info("%s does not keep packed documents apart; each is read alone", type(model).__name__)
+                    _log.info("%s: each document is read alone (%s)", type(model).__name__, reader.reason)
             rows = gather(_of_rows(reader, inputs, labels))
             batch_nats, batch_tokens = rows.double().sum(0).tolist()
             nats, tokens, count = nats + batch_nats, tokens + int(batch_tokens), count + 1
