@@ -205,10 +205,7 @@ def rows_of(
     cls: type, docs: Mapping[str, str], ranges: Mapping[str, Range] = {}, names: Iterable[str] = ()
 ) -> list[Row]:
     """A row for each field (or those of these names). Raises LookupError for one that nobody has described."""
-    try:
-        hints = typing.get_type_hints(cls, localns={"torch": torch})  # which transformers imports for type checkers
-    except NameError:
-        hints = {}
+    hints = typing.get_type_hints(cls, localns={"torch": torch})  # which transformers imports for type checkers
     rows, wanted = [], set(names)
     for field in dataclasses.fields(cls):
         if not field.init or (wanted and field.name not in wanted):
