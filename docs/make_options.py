@@ -32,11 +32,12 @@ from crosslayer.data import DataConfig, TaskConfig
 from crosslayer.data import config as data_config
 from crosslayer.data import tasks as data_tasks
 from crosslayer.lor2c import LoR2CConfig
+from crosslayer.methods import FINETUNING
 from crosslayer.ranges import AT_LEAST_0, MOST_TOKENS, NAME, Range
 from crosslayer.train import ranges as training_ranges
 from crosslayer.train.finetune import default_training as finetuning_defaults
-from crosslayer.train.methods import METHODS, AdapterConfig
 from crosslayer.train.methods import RANGES as ADAPTER_RANGES
+from crosslayer.train.methods import AdapterConfig
 from crosslayer.train.parameter_groups import ParameterGroups
 from crosslayer.train.recipe import RESERVED_TRAINING_FIELDS, FinetuneRecipe, Recipe, build_recipe
 from crosslayer.train.run import default_training as pretraining_defaults
@@ -204,10 +205,7 @@ def rows_of(
     cls: type, docs: Mapping[str, str], ranges: Mapping[str, Range] = {}, names: Iterable[str] = ()
 ) -> list[Row]:
     """A row for each field (or those of these names). Raises LookupError for one that nobody has described."""
-    try:
-        hints = typing.get_type_hints(cls, localns={"torch": torch})  # which transformers imports for type checkers
-    except NameError:
-        hints = {}
+    hints = typing.get_type_hints(cls, localns={"torch": torch})  # which transformers imports for type checkers
     rows, wanted = [], set(names)
     for field in dataclasses.fields(cls):
         if not field.init or (wanted and field.name not in wanted):
@@ -257,7 +255,7 @@ def training() -> str:
     columns: list[dict[str, str]] = [{name: value_of(value) for name, value in pretraining_defaults(recipe).items()}]
     for kind in ("classification", "instruction"):
         of_methods: dict[str, dict[str, list[str]]] = {}
-        for method in METHODS:
+        for method in FINETUNING:
             if kind == "instruction" and method == "head":
                 continue
             task: Any = SimpleNamespace(kind=kind)

@@ -263,6 +263,14 @@ def test_fewer_steps_than_taken(root, interrupted, whole):
         pretrain(build_recipe(tiny_content(root, max_steps=6)), root / "whole", resume=True)
 
 
+def test_a_trial_that_ended_while_it_warmed_up(tmp_path):
+    """--max_steps of a long recipe may: what such a run wrote down is no reason to refuse it."""
+    content = tiny_content(tmp_path, warmup_steps=100)
+    pretrain(build_recipe(content, {"max_steps": 4}), tmp_path / "run")
+    report = pretrain(build_recipe(content, {"max_steps": 6}), tmp_path / "run", resume=True)
+    assert report.steps == 6
+
+
 def test_another_number_of_processes(interrupted):
     with pytest.raises(ConfigError, match="written by 1 processes and cannot be gone on from with 2"):
         checkpoint_to_resume(interrupted, 2)

@@ -55,7 +55,7 @@ def compare(
     output_dir = Path(output_dir)
     check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     if resume:
-        check_same_run(recipe.to_dict(), earlier_recipe(output_dir), ("model", "data"), output_dir)
+        check_same_run(recipe.to_dict(), earlier_recipe(output_dir).to_dict(), ("model", "data"), output_dir)
     steps = recipe.training.get("max_steps", -1)
     if steps < 1:
         raise ConfigError("training.max_steps is missing: methods are compared after the same number of steps")
@@ -68,7 +68,7 @@ def compare(
     if resume:
         check_fingerprints(fingerprints, output_dir)
     for of_method in recipes.values():  # a rank that does not fit shows here, not after an hour
-        build_model_config(build_recipe(of_method), prepared.tokenizer)
+        build_model_config(build_recipe(of_method, ran=True), prepared.tokenizer)
     if not resume:
         prepare_output_dir(output_dir, recipe, options, fingerprints, overwrite=overwrite)
 

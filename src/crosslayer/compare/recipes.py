@@ -43,7 +43,7 @@ def equal_rank(base: Recipe, factorization: str) -> int:
     def body(**changes: Any) -> int:
         content = base.to_dict()
         content["model"] = {**content["model"], **changes}
-        counts = count_parameters(build_model_config(build_recipe(content)))
+        counts = count_parameters(build_model_config(build_recipe(content, ran=True)))
         return sum(counts.values()) - counts["embeddings"] - counts["head"]
 
     wanted = body(factorization="cross_layer")

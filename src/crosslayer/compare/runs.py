@@ -112,7 +112,7 @@ def run_once(job: Job, folder: Path) -> RunResult:
         return cast(RunResult, before)
     if not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
-    recipe = build_recipe(content_of(job))
+    recipe = build_recipe(content_of(job), ran=True)
     prepared = prepare_data(recipe.data)
     config = build_model_config(recipe, prepared.tokenizer)
     clock = _Clock(job.threads)

@@ -36,7 +36,7 @@ from ..provenance import describe_run
 from .finetune_report import FinetuneReport, write_finetune_report
 from .methods import AdapterConfig, Attached, attach, count_trained, head_parameters
 from .progress import shows_bars
-from .recipe import FinetuneRecipe, load_finetune_recipe
+from .recipe import FinetuneRecipe, build_finetune_recipe, read_recipe
 from .resume import (
     changes_of_training,
     check_fingerprints,
@@ -49,6 +49,7 @@ from .resume import (
     tell_changes,
 )
 from .run_folder import (
+    RECIPE_FILE,
     check_output_dir,
     is_main_process,
     peak_memory_bytes,
@@ -397,7 +398,7 @@ def number_of_blocks(model: nn.Module) -> int | None:
 def _check_same_finetuning(recipe: FinetuneRecipe, output_dir: Path) -> tuple[FinetuneRecipe, list[str]]:
     """The recipe of the run in the folder, and what differs and may. Raises ConfigError where it is another run."""
     try:
-        began = load_finetune_recipe(output_dir / "recipe.yaml")
+        began = build_finetune_recipe(read_recipe(output_dir / RECIPE_FILE), ran=True)
     except ConfigError as error:
         raise CheckpointError(f"{output_dir} cannot be resumed: {error}") from None
     now, earlier = recipe.to_dict(), began.to_dict()

@@ -153,17 +153,21 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def build_recipe(content: Content, overrides: Content | None = None) -> Recipe:
-    """A recipe from the mapping that its YAML holds. Raises ConfigError like `load_recipe`."""
-    return _build(Recipe, content, overrides)
+def build_recipe(content: Content, overrides: Content | None = None, *, ran: bool = False) -> Recipe:
+    """A recipe from the mapping that its YAML holds. Raises ConfigError like `load_recipe`.
+
+    Args:
+        ran: it is that of a run, which may be a short trial of a long recipe and end while it warms up.
+    """
+    return _build(Recipe, content, overrides, ran)
 
 
-def build_finetune_recipe(content: Content, overrides: Content | None = None) -> FinetuneRecipe:
+def build_finetune_recipe(content: Content, overrides: Content | None = None, *, ran: bool = False) -> FinetuneRecipe:
     """A recipe to fine-tune from the mapping that its YAML holds. Raises ConfigError like `load_recipe`."""
-    return _build(FinetuneRecipe, content, overrides)
+    return _build(FinetuneRecipe, content, overrides, ran)
 
 
-def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) -> Any:
+def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None, ran: bool) -> Any:
     problems: list[str] = []
     known = {section: field_types(kind, section) for section in kind.SECTIONS}
     sections: dict[str, dict[str, Any]] = {section: {} for section in kind.SECTIONS}
@@ -203,7 +207,8 @@ def _build(kind: type[_AnyRecipe], content: Content, overrides: Content | None) 
     problems += out_of_range(sections["training"], TRAINING | (PRETRAINING if is_pretraining else {}), "training")
     problems += out_of_range(sections["model"], MODEL, "model") if is_pretraining else []
     problems += _name_problem(texts["name"])
-    if "max_steps" not in given or "warmup_steps" in given:  # a short trial of a long recipe may end while it warms up
+    is_trial = ran or ("max_steps" in given and "warmup_steps" not in given)  # may end while it warms up
+    if not is_trial:
         problems += warmup_problem(sections["training"])
     if problems:
         raise ConfigError("; ".join(problems))

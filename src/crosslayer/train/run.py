@@ -29,7 +29,7 @@ from ..loading import MODEL_FOLDER, has_model, load_saved
 from ..provenance import describe_run
 from .memory import choose_recompute, training_method, training_step
 from .progress import shows_bars
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, build_recipe, read_recipe
 from .report import RunFacts, RunReport, write_card, write_report
 from .resume import (
     changes_of_section,
@@ -43,6 +43,7 @@ from .resume import (
     tell_changes,
 )
 from .run_folder import (
+    RECIPE_FILE,
     check_output_dir,
     is_main_process,
     peak_memory_bytes,
@@ -269,10 +270,11 @@ def pretrain(
 
 def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir: Path) -> list[str]:
     """What differs from the run in the folder and will be applied. Raises ConfigError, CheckpointError."""
-    now, earlier = recipe.to_dict(), earlier_recipe(output_dir)
+    began = earlier_recipe(output_dir)
+    now, earlier = recipe.to_dict(), began.to_dict()
     has_fingerprints = earlier_fingerprints(output_dir) is not None and not recipe.data.streaming
     changes = check_same_run(now, earlier, ("model", "data"), output_dir, has_fingerprints)
-    before = build_arguments(load_recipe(output_dir / "recipe.yaml"), output_dir)
+    before = build_arguments(began, output_dir)
     changes += changes_of_training(arguments, before, output_dir)
     return changes + changes_of_section(now["parameter_groups"], earlier["parameter_groups"])
 
@@ -385,10 +387,10 @@ def _finished_report(output_dir: Path, plan: Plan) -> RunReport | None:
     return RunReport(**content, model=model, tokenizer=tokenizer)
 
 
-def earlier_recipe(output_dir: Path) -> dict[str, Any]:
+def earlier_recipe(output_dir: Path) -> Recipe:
     """The recipe that a run in this folder ran. Raises CheckpointError."""
     try:
-        return load_recipe(output_dir / "recipe.yaml").to_dict()
+        return build_recipe(read_recipe(output_dir / RECIPE_FILE), ran=True)
     except ConfigError as error:
         raise CheckpointError(f"{output_dir} cannot be resumed: {error}") from None
 

@@ -1,0 +1,201 @@
+"""An installed user: the wheel in an environment of its own, an empty folder, and the examples of README and docs.
+
+The environment takes its dependencies from the one that runs the tests, so that nothing is downloaded; crosslayer
+itself comes from the wheel.
+"""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tiny_finetune
+from crosslayer import __version__
+from crosslayer.recipes import FOLDER
+from examples import ROOT, blocks, command_lines
+
+SMALL = "--num_hidden_layers 2 --per_device_train_batch_size 2"
+
+# Examples for a shell -> what is added so that they end in seconds. In this order: later ones need what earlier wrote.
+RUN = {
+    "crosslayer recipes": "",
+    "crosslayer recipes --show crnet_5m_text > mine.yaml": "",
+    "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --max_steps 3000": f"{SMALL} --max_steps 1 "
+    "--save_steps 1 --logging_steps 1",
+    "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --resume": f"{SMALL} --max_steps 2",
+    "crosslayer evaluate runs/crnet_5m_text --data ./other_texts --part all": "",
+    "crosslayer generate runs/crnet_5m_text --prompt 'Once upon a time'": "--max_new_tokens 8",
+    "crosslayer analyze runs/crnet_5m_text": "--max_tokens 4096 --positions q",
+    "crosslayer finetune --model FOLDER_OR_HUB_NAME --task sst2 --method lor2c": "--data sst2 --max_steps 2",
+    "crosslayer plan --model llama_7b --gpu-memory 80GB --gpus 8 --sequence 4096": "",
+    "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz": f"{SMALL} --max_steps 2 "
+    "--tuning_runs 0 --seeds 1 --methods dense,crnet --validation_blocks 4",
+    "crosslayer bench memory": "--hidden_size 32 --layers 1,2 --methods crnet",
+}
+PLACEHOLDERS = {"FOLDER_OR_HUB_NAME": "encoder"}
+
+CHECKOUT = "needs the checkout"
+HUB = "needs the hub"
+OTHERS = "as one that is run, with other options, which tests/unit/test_readme.py parses"
+NOT_RUN = {
+    "make pretrain": CHECKOUT,
+    "make test": CHECKOUT,
+    "python benchmarks/memory.py": CHECKOUT,
+    "python benchmarks/memory.py --sections speed kept_heap bf16 --redo --threads 1": CHECKOUT,
+    "python benchmarks/gpu.py": CHECKOUT,
+    "python benchmarks/seven_billion.py": CHECKOUT,
+    "python benchmarks/seven_billion.py --expect": CHECKOUT,
+    "crosslayer pretrain --recipe crnet_1b_c4 --dry-run": HUB,
+    "torchrun --nproc_per_node 8 -m crosslayer pretrain --recipe crnet_1b_c4": HUB,
+    "accelerate launch -m crosslayer pretrain --recipe crnet_1b_c4": HUB,
+    "crosslayer finetune --model FacebookAI/roberta-base --task sst2 --method lor2c --output_dir runs/sst2": HUB,
+    "crosslayer analyze meta-llama/Meta-Llama-3-8B --dtype bfloat16 --device cuda --data hf:allenai/c4:en "
+    "--split validation --max_tokens 65536 --block_size 512 --gram_memory 8G": HUB,
+    "torchrun --nproc_per_node 2 -m crosslayer finetune --model FacebookAI/roberta-base --task sst2 --rank 8": HUB,
+    "crosslayer finetune --recipe finetune/lor2c_crnet_instructions --data FILE": "needs the model of `make pretrain`",
+    "crosslayer plan --model llama_7b --method crnet --gpu-memory 80GB --gpus 8 --sequence 4096 "
+    "--tokens-per-step 1M": OTHERS,
+    "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz --max_steps 500": OTHERS,
+    "crosslayer compare --recipe crnet_2m_text --data FILE --validation_data FILE --tuning_runs 16 --tuning_steps 250 "
+    "--validation_blocks 148 --workers 2 --use_cpu": OTHERS,
+    "crosslayer bench memory --hidden-size 512 --layers 4,16 --methods dense,crnet_invert": OTHERS,
+    "crosslayer bench speed --hidden-size 512 --num-hidden-layers 8 --parts training,memory": OTHERS,
+    "crosslayer bench speed --hidden-size 1024 --parts generation --methods dense,cola,crnet": OTHERS,
+    "crosslayer analyze MODEL": OTHERS,
+    "crosslayer analyze MODEL --data texts.jsonl.gz --max_tokens 100000 --ranks 64,256,1024": OTHERS,
+    "crosslayer analyze MODEL --suggest-ranks --rank_budget 1.5M": OTHERS,
+    "crosslayer analyze --before BASE --after FINE_TUNED": OTHERS,
+    "crosslayer analyze runs/crnet_1m_text --health": OTHERS,
+    "crosslayer analyze MODEL --untrained": OTHERS,
+}
+
+BERT = "from transformers import BertConfig, BertForSequenceClassification as Bert\n"
+# Python -> what stands before it in the reader's own program.
+PYTHON = {
+    "README.md 1": "",
+    "README.md 2": "",
+    "README.md 3": "",
+    "accounting.md 1": "",
+    "crnet.md 1": "",
+    "families.md 1": "",
+    "finetuning.md 1": "",  # reads what the example of `finetune` on the same page wrote
+    "lor2c.md 1": f"{BERT}model = Bert(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))\n",
+    "memory.md 1": "",
+}
+PYTHON_NOT_RUN = {
+    "lor2c.md 2": "a line with ... for what is the reader's",
+    "new-family.md 1": "files of the checkout: tests/integration/test_new_family.py",
+    "new-family.md 2": "files of the checkout: tests/integration/test_new_family.py",
+    "new-family.md 3": "files of the checkout: tests/integration/test_new_family.py",
+}
+
+
+def test_every_example_is_here():
+    """A new example is run, or has a reason not to be."""
+    assert RUN.keys() | NOT_RUN.keys() == {*command_lines()}
+    assert PYTHON.keys() | PYTHON_NOT_RUN.keys() == blocks("python").keys()
+    assert not RUN.keys() & NOT_RUN.keys()
+    assert not PYTHON.keys() & PYTHON_NOT_RUN.keys()
+
+
+class Installed:
+    """An environment with the wheel, and a folder to work in."""
+
+    def __init__(self, root: Path) -> None:
+        self.environment, self.wheels, self.folder = root / "environment", root / "wheels", root / "empty"
+        self.folder.mkdir()
+        hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "COVERAGE_PROCESS_START")
+        self.variables = {name: value for name, value in os.environ.items() if name not in hidden}
+        self.variables |= {
+            "PATH": f"{self.environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "CROSSLAYER_CACHE": str(root / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        source = root / "source"
+        shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, source)
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        self.call([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(self.wheels), str(source)])
+        self.call([sys.executable, "-m", "venv", "--without-pip", str(self.environment)])
+        (wheel,) = self.wheels.iterdir()
+        python = str(self.environment / "bin" / "python")
+        self.call([*pip, "--python", python, "install", "--no-deps", "--no-index", str(wheel)])
+        # A folder in a .pth file is searched last, and its own .pth files (an editable crosslayer) are not read.
+        own = self.call([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
+        (Path(own) / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+
+    def call(self, command: list[str] | str) -> str:
+        """What a command prints, run in the empty folder; fails with its error."""
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.variables, shell=isinstance(command, str), capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    return Installed(tmp_path_factory.mktemp("installed"))
+
+
+@pytest.mark.slow
+def test_what_the_wheel_holds(installed):
+    (wheel,) = installed.wheels.iterdir()
+    names = set(zipfile.ZipFile(wheel).namelist())
+    recipes = {f"crosslayer/recipes/{path.relative_to(FOLDER)}" for path in FOLDER.rglob("*.yaml")}
+    modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
+    assert names >= {*recipes, *modules, "crosslayer/py.typed"}
+    others = {name for name in names - recipes - modules if ".dist-info/" not in name}
+    assert others == {"crosslayer/py.typed"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_commands_of_the_pages(installed):
+    assert installed.call("crosslayer --version") == f"crosslayer {__version__}\n"
+    for folder, files in (("my_texts", ("argparse", "ast", "inspect", "typing")), ("other_texts", ("textwrap",))):
+        (installed.folder / folder).mkdir()
+        for name in files:
+            shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", installed.folder / folder / f"{name}.py")
+    rows = [{"text": path.read_text()} for path in sorted((installed.folder / "my_texts").iterdir())]
+    with gzip.open(installed.folder / "texts.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row)}\n" for row in rows)
+    tiny_finetune.write_encoder(installed.folder / "encoder")
+    tiny_finetune.write_task(installed.folder / "sst2")
+    for example, more in RUN.items():
+        command = example
+        for name, value in PLACEHOLDERS.items():
+            command = command.replace(name, value)
+        output, arrow, file = command.partition(" > ")
+        installed.call(f"{output} {more}{arrow}{file}")
+    assert (installed.folder / "mine.yaml").read_text() == (FOLDER / "crnet_5m_text.yaml").read_text()
+    made = {path.name for path in (installed.folder / "runs").iterdir()}
+    assert made == {"crnet_5m_text", "analysis", "sst2_lor2c", "compare_crnet_1m_text"}
+
+
+EXAMPLE = """
+import sys
+import crosslayer
+assert crosslayer.__file__.startswith(sys.prefix), crosslayer.__file__
+assert not [path for path in sys.path if {checkout!r} in path], sys.path
+for name, code in {examples!r}.items():
+    print("#", name)
+    exec(compile(code, name, "exec"), {{}})
+"""
+
+
+@pytest.mark.slow
+def test_python_of_the_pages(installed):
+    """In one process, which has loaded torch once; each example in a program of its own."""
+    examples = {name: before + blocks("python")[name] for name, before in PYTHON.items()}
+    program = installed.folder / "program.py"
+    program.write_text(EXAMPLE.format(checkout=str(ROOT / "src"), examples=examples))
+    assert installed.call(["python", str(program)]).count("# ") == len(PYTHON)
