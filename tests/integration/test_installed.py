@@ -88,6 +88,7 @@ PYTHON = {
     "finetuning.md 1": "",  # reads what the example of `finetune` on the same page wrote
     "lor2c.md 1": f"{BERT}model = Bert(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))\n",
     "memory.md 1": "",
+    "scale.md 1": "",  # as one process; torchrun is for several
 }
 PYTHON_NOT_RUN = {
     "lor2c.md 2": "a line with ... for what is the reader's",
@@ -157,10 +158,9 @@ def test_what_the_wheel_holds(installed):
     assert others == {"crosslayer/py.typed"}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_commands_of_the_pages(installed):
-    assert installed.call("crosslayer --version") == f"crosslayer {__version__}\n"
+@pytest.fixture(scope="module")
+def after_commands(installed):
+    """The environment, and the folder after the commands of the pages."""
     for folder, files in (("my_texts", ("argparse", "ast", "inspect", "typing")), ("other_texts", ("textwrap",))):
         (installed.folder / folder).mkdir()
         for name in files:
@@ -176,6 +176,14 @@ def test_commands_of_the_pages(installed):
             command = command.replace(name, value)
         output, arrow, file = command.partition(" > ")
         installed.call(f"{output} {more}{arrow}{file}")
+    return installed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_commands_of_the_pages(after_commands):
+    installed = after_commands
+    assert installed.call("crosslayer --version") == f"crosslayer {__version__}\n"
     assert (installed.folder / "mine.yaml").read_text() == (FOLDER / "crnet_5m_text.yaml").read_text()
     made = {path.name for path in (installed.folder / "runs").iterdir()}
     assert made == {"crnet_5m_text", "analysis", "sst2_lor2c", "compare_crnet_1m_text"}
@@ -193,9 +201,10 @@ for name, code in {examples!r}.items():
 
 
 @pytest.mark.slow
-def test_python_of_the_pages(installed):
+@pytest.mark.timeout(600)
+def test_python_of_the_pages(after_commands):
     """In one process, which has loaded torch once; each example in a program of its own."""
     examples = {name: before + blocks("python")[name] for name, before in PYTHON.items()}
-    program = installed.folder / "program.py"
+    program = after_commands.folder / "program.py"
     program.write_text(EXAMPLE.format(checkout=str(ROOT / "src"), examples=examples))
-    assert installed.call(["python", str(program)]).count("# ") == len(PYTHON)
+    assert after_commands.call(["python", str(program)]).count("# ") == len(PYTHON)
