@@ -1,4 +1,4 @@
-"""What several verbs need: overrides, a quiet start, tables."""
+"""What several verbs need: overrides, a quiet start, a checkpoint, tables."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from ..errors import ConfigError
+from ..loading import load_checkpoint
 
 # PEFT imports it wherever it is installed, and it asks for kernels that nobody needs here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -79,3 +80,14 @@ def print_grid(header: list[str], rows: list[list[str]]) -> None:
     for line in (header, ["-" * width for width in widths], *rows):
         first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         print("| " + " | ".join([first.strip().ljust(widths[0]), *rest]) + " |")
+
+
+__all__ = [
+    "help_without_arguments",
+    "load_checkpoint",
+    "parse_overrides",
+    "print_grid",
+    "print_json",
+    "print_summary",
+    "quiet_libraries",
+]

@@ -42,7 +42,7 @@ def evaluate(
     Perplexity is exp of the mean negative log-likelihood over every token, documents kept apart, context at most one
     block. Bits per byte does not depend on the vocabulary.
     """
-    from .common import print_json, quiet_libraries
+    from .common import load_checkpoint, print_json, quiet_libraries
     from .progress import counted
 
     quiet_libraries()
@@ -53,7 +53,6 @@ def evaluate(
     from ..data.config import PYTHON_LIBRARY
     from ..data.fit import block_length
     from ..evaluate import measure_perplexity
-    from ..loading import load_checkpoint
 
     part = part or ("validation" if data == PYTHON_LIBRARY else "all")
     model, tokenizer = load_checkpoint(checkpoint)

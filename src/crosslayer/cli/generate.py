@@ -26,13 +26,12 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, at the end.")] = False,
 ) -> None:
     """Continue PROMPT with CHECKPOINT; tokens are printed as they are made."""
-    from .common import print_json, quiet_libraries
+    from .common import load_checkpoint, print_json, quiet_libraries
 
     quiet_libraries()
     from transformers import TextStreamer
 
     from ..evaluate.sample import sample
-    from ..loading import load_checkpoint
     from .evaluate import choose_device
 
     model, tokenizer = load_checkpoint(checkpoint)
