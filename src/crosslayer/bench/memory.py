@@ -6,6 +6,7 @@ from ..analysis import SavedActivations, measure_saved_activations
 from ..errors import ConfigError
 from ..methods import METHODS
 from .contenders import Contenders
+from .rows import MemoryRow
 
 FLOAT32 = 4
 
@@ -34,13 +35,13 @@ def saved_by_depth(
     return found
 
 
-def memory_rows(saved: dict[str, dict[int, SavedActivations]], hidden_size: int) -> dict[str, dict[str, Any]]:
+def memory_rows(saved: dict[str, dict[int, SavedActivations]], hidden_size: int) -> dict[str, MemoryRow]:
     """JSON of `saved_by_depth`: bytes per token, and growth per layer between the lowest and the highest depth.
 
     Growth is given in bytes per token and layer and, to compare with docs/memory.md, in float32 numbers of the
     hidden size h. The head's share (logits and loss) is `elsewhere`.
     """
-    rows = {}
+    rows: dict[str, MemoryRow] = {}
     for name, by_depth in saved.items():
         lowest, highest = min(by_depth), max(by_depth)
         if lowest == highest:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from ..analysis import measure_peak_memory
 from ..private import attention_operations, fused_attention_on_cpu
 from ..workers import initialize_worker, without_interrupts
 from .contenders import REFERENCE, SETUPS, Contenders
+from .rows import GenerationRow, PeakRow, RelativeTiming, Timing, TrainingRow
 
 Step = Callable[[], Any]
 
@@ -61,7 +62,7 @@ def _seconds_of(step: Step, device: str) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def summarize(seconds: list[float], tokens: int) -> dict[str, Any]:
+def summarize(seconds: list[float], tokens: int) -> Timing:
     """Tokens/s by the median, the spread (20th and 80th percentile of the seconds), and every turn."""
     median = statistics.median(seconds)
     quantiles = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else [median] * 4
@@ -172,7 +173,7 @@ def training_rows(
     parameters: dict[str, int],
     tokens: int,
     reference: str,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, TrainingRow]:
     """One row for each contender, as ratios to `reference`."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
@@ -189,7 +190,7 @@ def training_rows(
 
 def measure_training(
     contenders: Contenders, ids: torch.Tensor, *, turns: int = 12, warm_up: int = 2, own_processes: int = 0
-) -> dict[str, Any]:
+) -> dict[str, TrainingRow]:
     """Training speed of every method: {method: row of `training_rows`, with "mfu" on devices whose peak is known}.
 
     In one process, methods of one model share its weights and its optimizer. With `own_processes` each method has an
@@ -244,7 +245,7 @@ def measure_generation(
     new_tokens: int = 64,
     turns: int = 8,
     warm_up: int = 2,
-) -> dict[str, Any]:
+) -> dict[str, GenerationRow]:
     """Prefill of a prompt [batch, prompt] and greedy decode after it: {method: {"prefill": row, "decode": row}}.
 
     Decode runs one forward for each token of the batch, with transformers' DynamicCache and argmax; a turn is
@@ -257,22 +258,28 @@ def measure_generation(
         prefill = clock({name: run.prefill for name, run in runs.items()})
         decode = clock({name: run.decode for name, run in runs.items()}, before=lambda name: runs[name].prefill())
     reference = REFERENCE if REFERENCE in runs else next(iter(runs))
-    rows: dict[str, Any] = {}
-    for name in runs:
-        rows[name] = {"weight_bytes": _weight_bytes(contenders.model(name))}
-        for part, seconds, tokens in (("prefill", prefill, prompt), ("decode", decode, new_tokens)):
-            ratio = statistics.median(seconds[reference]) / statistics.median(seconds[name])
-            rows[name][part] = {**summarize(seconds[name], batch * tokens), "speed_over_llama": round(ratio, 3)}
-    return rows
+
+    def row(seconds: dict[str, list[float]], name: str, tokens: int) -> RelativeTiming:
+        ratio = statistics.median(seconds[reference]) / statistics.median(seconds[name])
+        return {**summarize(seconds[name], batch * tokens), "speed_over_llama": round(ratio, 3)}
+
+    return {
+        name: {
+            "weight_bytes": _weight_bytes(contenders.model(name)),
+            "prefill": row(prefill, name, prompt),
+            "decode": row(decode, name, new_tokens),
+        }
+        for name in runs
+    }
 
 
-def measure_memory(contenders: Contenders, ids: torch.Tensor) -> dict[str, Any]:
+def measure_memory(contenders: Contenders, ids: torch.Tensor) -> dict[str, PeakRow]:
     """Peak memory of a training step by part: {method: bytes}, in one step of AdamW."""
-    rows = {}
+    rows: dict[str, PeakRow] = {}
     for name in contenders.methods:
         model = contenders.model(name)
         with contenders.precision():
-            rows[name] = measure_peak_memory(model, ids).to_dict()
+            rows[name] = cast(PeakRow, measure_peak_memory(model, ids).to_dict())
     return rows
 
 

@@ -1,6 +1,6 @@
 """`crosslayer bench`: what methods cost at one shape, in memory and in time."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,7 +10,9 @@ from .ranges import checked
 
 if TYPE_CHECKING:
     from ..bench.contenders import Contenders
+    from ..bench.rows import MemoryRow, RelativeTiming, SpeedResult
 
+Column = Literal["parameters", "gradients", "optimizer", "activations", "temporary", "total"]
 bench = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
 
 
@@ -81,7 +83,7 @@ def memory(
     contenders = _contenders(shape, methods, recompute_interval, dtype, device)
     options = {"device": contenders.device, "dtype": dtype, "interval": recompute_interval}
     saved = saved_by_depth(shape, contenders.methods, depths, batch=batch_size, sequence=sequence, **options)
-    rows: dict[str, Any] = memory_rows(saved, hidden_size)
+    rows = memory_rows(saved, hidden_size)
     for name, peak in measure_memory(contenders, contenders.tokens(batch_size, sequence)).items():
         rows[name]["peak_bytes"] = peak
     if as_json:
@@ -129,7 +131,7 @@ def speed(
     shape = _shape(vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, rank, longest)
     contenders = _contenders(shape, methods, recompute_interval, dtype, device)
     ids = contenders.tokens(batch_size, sequence)
-    result: dict[str, Any] = {}
+    result: SpeedResult = {}
     if "training" in chosen:
         result["training"] = measure_training(contenders, ids, turns=turns, warm_up=warm_up)
     if "memory" in chosen:
@@ -145,7 +147,15 @@ def speed(
     _print_speed(contenders.methods, result)
 
 
-def _shape(vocabulary, hidden, intermediate, layers, heads, rank, sequence) -> dict[str, Any]:
+def _shape(
+    vocabulary: int,
+    hidden: int,
+    intermediate: int | None,
+    layers: int,
+    heads: int | None,
+    rank: int | None,
+    sequence: int,
+) -> dict[str, int | None]:
     shape = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -160,7 +170,9 @@ def _shape(vocabulary, hidden, intermediate, layers, heads, rank, sequence) -> d
     return shape if rank is None else shape | {"rank": rank}
 
 
-def _contenders(shape, methods: str | None, interval: int | None, dtype: str, device: str | None) -> "Contenders":
+def _contenders(
+    shape: dict[str, int | None], methods: str | None, interval: int | None, dtype: str, device: str | None
+) -> "Contenders":
     from ..bench.contenders import DEFAULT_METHODS, REFERENCE, Contenders
     from .evaluate import choose_device
 
@@ -181,10 +193,10 @@ def _context(what: str, contenders: "Contenders", batch: int, sequence: int) -> 
     }
 
 
-def _print_memory(rows: dict[str, Any], depths: list[int], hidden_size: int, tokens: int) -> None:
+def _print_memory(rows: "dict[str, MemoryRow]", depths: list[int], hidden_size: int, tokens: int) -> None:
     from .common import print_grid
 
-    columns = ("parameters", "gradients", "optimizer", "activations", "temporary", "total")
+    columns: tuple[Column, ...] = ("parameters", "gradients", "optimizer", "activations", "temporary", "total")
     print(
         f"Kept for the backward, KB per token; growth per layer in float32 numbers of the hidden size ({hidden_size})\n"
     )
@@ -202,7 +214,7 @@ def _print_memory(rows: dict[str, Any], depths: list[int], hidden_size: int, tok
     print_grid(["", *columns], peaks)
 
 
-def _print_speed(methods: list[str], result: dict[str, Any]) -> None:
+def _print_speed(methods: list[str], result: "SpeedResult") -> None:
     from ..methods import METHODS
     from .common import print_grid
 
@@ -215,17 +227,19 @@ def _print_speed(methods: list[str], result: dict[str, Any]) -> None:
         header += ["prefill tokens/s", "over Llama", "decode tokens/s", "over Llama"]
     for name, row in zip(methods, rows, strict=True):
         if "training" in result:
-            row += _speed_cells(result["training"][name], "speed_if_operations_decided")
+            training = result["training"][name]
+            row += [*_speed_cells(training), f"{training['speed_if_operations_decided']:.2f}"]
         if "memory" in result:
-            row += [f"{result['memory'][name][part] / 1e6:,.1f}" for part in ("total", "activations")]
+            peak = result["memory"][name]
+            row += [f"{size / 1e6:,.1f}" for size in (peak["total"], peak["activations"])]
         if "generation" in result:
-            measured = result["generation"].get(name, {})
-            row += _speed_cells(measured.get("prefill")) + _speed_cells(measured.get("decode"))
+            measured = result["generation"].get(name)
+            row += _speed_cells(measured and measured["prefill"]) + _speed_cells(measured and measured["decode"])
     print_grid(header, rows)
 
 
-def _speed_cells(row: dict[str, Any] | None, *more: str) -> list[str]:
+def _speed_cells(row: "RelativeTiming | None") -> list[str]:
     """Nothing where another method of the same model was measured: generation does not depend on the policy."""
     if row is None:
-        return [""] * (2 + len(more))
-    return [f"{row['tokens_per_s']:,.0f}", *(f"{row[name]:.2f}" for name in ("speed_over_llama", *more))]
+        return ["", ""]
+    return [f"{row['tokens_per_s']:,.0f}", f"{row['speed_over_llama']:.2f}"]

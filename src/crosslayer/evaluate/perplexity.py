@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +50,7 @@ class Perplexity:
             return None
         return self.loss * self.tokens / math.log(2) / self.utf8_bytes
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float | int | None]:
         """For JSON: the fields and what follows from them."""
         return {
             **asdict(self),
