@@ -35,6 +35,7 @@ def training_arguments(kind: type[TrainingArguments], settings: dict[str, Any], 
         settings.setdefault("dataloader_pin_memory", False)
     try:
         arguments = kind(output_dir=str(output_dir), logging_nan_inf_filter=False, **settings)
+        arguments.to_json_string()  # as a checkpoint and a tracker keep them
     except Exception as error:  # TrainingArguments and the libraries behind it fail in as many ways as there are values
         raise ConfigError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
     _check_intervals(arguments)
@@ -100,6 +101,7 @@ class SafeTrainer(Trainer):
     - `train`: with several processes they train one model also after an evaluation;
     - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite; adds hashes;
     - `get_batch_samples`: rows that accelerate repeats to give every process as many do not count a second time;
+    - `_run_epoch`: a run that goes on from its last step takes no other;
     - `_load_optimizer_and_scheduler`: a resumed run takes its own rates, decay and schedule;
     - progress: a bar with the loss, or log lines, in place of printed dictionaries.
     """
@@ -136,6 +138,12 @@ class SafeTrainer(Trainer):
         if self._most_checkpoints == 1 and best is not None and self.args.should_save:
             keep_best(Path(self.args.output_dir), best, self.state.global_step)
         return output
+
+    def _run_epoch(self, **settings) -> None:
+        if self.state.global_step >= self.state.max_steps:  # the Trainer would take one step before it looks
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**settings)
 
     def check_optimizer(self, steps: int) -> None:
         """Make optimizer and schedule once and drop them: what they refuse shows before anything is written."""
