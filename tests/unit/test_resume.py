@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 import tiny_finetune
 from crosslayer.errors import CheckpointError, ConfigError, TrainingError
@@ -438,22 +437,3 @@ def test_fine_tuning_passes_over_damage(task, caplog):
     assert report.steps == 24
     assert "checkpoint-12 is not used: adapter_model.safetensors is not what was written" in caplog.text
     assert "going on from" in caplog.text
-
-
-@pytest.mark.parametrize("settings", [{}, {"load_best_model_at_end": True, "eval_steps": 4}])
-def test_a_run_killed_after_its_last_step_takes_no_other(root, interrupted, settings):
-    """Its report was not written yet; the Trainer by itself would take step 9 of 8."""
-    report = resume(root, interrupted, max_steps=8, **settings)
-    assert report.steps == 8
-    assert not (interrupted / "checkpoint-9").exists()
-    weights = load_file(interrupted / "checkpoint-8" / "model.safetensors")
-    for name, tensor in report.model.state_dict().items():
-        if name in weights:
-            assert torch.equal(tensor, weights[name])
-    assert report.after["loss"] < report.before["eval_loss"]
-
-
-def test_a_fine_tuning_killed_after_its_last_step_takes_no_other(task):
-    content, folder = task
-    content["training"]["max_steps"] = 12
-    assert go_on(content, folder).steps == 12

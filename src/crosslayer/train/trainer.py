@@ -19,6 +19,7 @@ from ..crnet import CRNetConfig
 from ..errors import ConfigError, CrossLayerError, TrainingError
 from ..evaluate import measure_perplexity
 from ..private import prepare_anew, set_last_rates
+from .callbacks import OwnIntervals, StopWhenNotFinite
 from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_manifest
 from .losses import NextTokenLoss, without_repeats
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
@@ -421,38 +422,3 @@ def _will_log(args, state) -> bool:
     if args.logging_strategy != "steps":
         return False
     return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-
-
-class StopWhenNotFinite(TrainerCallback):
-    """Stops a run whose loss is no longer finite, with the step and the last good checkpoint.
-
-    Looked at after every step on the CPU and whenever something is logged or saved elsewhere, where reading the loss
-    makes the host wait.
-    """
-
-    def __init__(self, trainer: SafeTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if args.device.type != "cpu" and not (control.should_log or control.should_save):
-            return
-        if not bool(self.trainer.losses_are_finite):
-            raise TrainingError(
-                f"the loss is not finite at step {state.global_step}; {self.trainer.last_good_checkpoint()}; "
-                "lower learning_rate, or set max_grad_norm"
-            )
-
-
-class OwnIntervals(TrainerCallback):
-    """A resumed run logs, evaluates and saves as often as it was asked to; the Trainer does as its checkpoint says."""
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        state.compute_steps(args, state.max_steps)
-
-
-class EvaluateAtTheEnd(TrainerCallback):
-    """Evaluates after the last step, whatever `eval_steps` says, while trackers still listen."""
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
