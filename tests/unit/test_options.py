@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crosslayer.cli import analyze, app, bench, compare, evaluate, finetune, generate, main, plan, pretrain, recipes
 from crosslayer.cli.ranges import OPTIONS
 from crosslayer.train.run import pretrain as run_pretraining
+from property_cases import cases, long_enough
 from tiny_finetune import write_encoder, write_task
 from tiny_run import tiny_content, tiny_recipe, write_texts
 
+pytestmark = long_enough
 VERBS = {
     "pretrain": pretrain.pretrain,
     "finetune": finetune.finetune,
@@ -137,7 +139,6 @@ def test_wrong_values_of_every_option(verb, root, monkeypatch):
             assert ends_well(verb, [f"--{name}={value}"], root, monkeypatch) == 2, (name, value)
 
 
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 numbers = st.integers(-3, 4).map(str) | st.sampled_from(
     ["1e-3", "0.5", "1e3", "1e400", "-inf", "nan", str(2**31), str(2**64), "1_0", "007", "", "²", "0x10", "-0", "+1"]
 )
@@ -159,18 +160,8 @@ def draw_options(verb, data):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@FEW
+@cases(40)
 @given(data=st.data())
 def test_any_value_after_any_option(verb, root, data):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        ends_well(verb, draw_options(verb, data), root, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("verb", VERBS)
-@settings(FEW, max_examples=250)
-@given(data=st.data())
-def test_any_value_after_any_option_at_length(verb, root, data):
     with pytest.MonkeyPatch.context() as monkeypatch:
         ends_well(verb, draw_options(verb, data), root, monkeypatch)

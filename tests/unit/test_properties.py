@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crosslayer.cli.common import parse_overrides
@@ -18,8 +18,17 @@ from crosslayer.data.split import goes_to_validation, validation_digests
 from crosslayer.errors import ConfigError, CrossLayerError
 from crosslayer.train import build_finetune_recipe, build_recipe, load_recipe
 from crosslayer.train.recipe import FinetuneRecipe, Recipe, field_types
+from crosslayer.train.run import build_arguments, build_model_config
+from property_cases import cases, long_enough
 
-FAST = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+FAST = cases(150)
+pytestmark = long_enough
+
+
+@pytest.fixture(autouse=True)
+def no_deprecation_logged():
+    """Drawn values may well be deprecated ones."""
+
 
 texts = st.text(max_size=30)
 looks = st.sampled_from(
@@ -205,6 +214,29 @@ def test_any_text_after_any_option(kind, data):
     build = build_recipe if kind is Recipe else build_finetune_recipe
     base = {"name": "x"} if kind is Recipe else {"name": "x", "model": "m", "data": {"task": "sst2"}}
     ours(lambda: build(base, parse_overrides([f"--{name}={text}"])))
+
+
+plausible = st.sampled_from([True, False, 0, 1, 2, 3, 8, 0.5, 1e-3, 1e30, "no", "steps", "epoch", "eager", "x", [], {}])
+
+
+@FAST
+@given(data=st.data())
+def test_any_recipe_gives_a_model_s_configuration_and_arguments(folder, data):
+    """Several fields at once, each with a value that it might have: what they make of each other."""
+    content = {
+        "name": "x",
+        "model": {"hidden_size": 32, "num_attention_heads": 2, "rank": 8},
+        "training": {"use_cpu": True},
+    }
+    for _ in range(data.draw(st.integers(1, 4))):
+        section = data.draw(st.sampled_from(["training", "model"]))
+        name = data.draw(st.sampled_from(sorted(field_types(Recipe, section))))
+        content[section][name] = data.draw(plausible | values)
+    recipe = ours(lambda: build_recipe(content))
+    if recipe is not None:
+        ours(lambda: build_model_config(recipe))
+        ours(lambda: build_arguments(recipe, folder / "run"))
+        assert not (folder / "run").exists()
 
 
 @FAST

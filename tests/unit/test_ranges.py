@@ -22,6 +22,7 @@ WRONG = [
     *[("training", name, value) for name in ("logging_steps", "save_steps", "eval_steps") for value in (-1, 0, 1.5)],
     *[("training", name, value) for name in ("weight_decay", "max_grad_norm") for value in (-1, float("inf"))],
     *[("training", name, value) for name in ("adam_beta1", "label_smoothing_factor") for value in (-0.1, 1, 2)],
+    ("training", "parallelism_config", {"tp_size": 2}),
     *[("training", name, value) for name in ("per_device_eval_batch_size", "save_total_limit") for value in (-1, 0)],
     *[("training", "max_steps", value) for value in (-5, 0)],
     *[("training", "warmup_steps", value) for value in (-1, 1e9, 1.5)],

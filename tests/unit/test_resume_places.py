@@ -1,9 +1,10 @@
-"""A resumption that names the same places otherwise, and folders in a run's folder that are not the run's."""
+"""Resumptions that name the same places otherwise or have nothing left to do; folders that are not the run's."""
 
 import os
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 import tiny_finetune
@@ -94,3 +95,21 @@ def test_the_end_of_a_run_removes_its_own_checkpoints_alone(root, tmp_path):
         f"checkpoint-{report.best_step}",
     }
     assert (folder / "checkpoint-4-backup" / "note.txt").is_file()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_killed_after_its_last_step_takes_no_other(root, tmp_path, best):
+    """Its report was not written yet; the Trainer by itself would take step 5 of 4."""
+    settings = {"save_total_limit": 9, "save_steps": 2, "eval_steps": 2, "load_best_model_at_end": best}
+    recipe, folder = build_recipe(tiny_content(root, max_steps=4, **settings)), tmp_path / "run"
+    report = pretrain(recipe, folder)
+    weights = load_file(folder / "model" / "model.safetensors")
+    for name in ("report.json", "report.md"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "model")
+    again = pretrain(recipe, folder, resume=True)
+    assert again.steps == report.steps == 4
+    assert again.after["loss"] == report.after["loss"]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    found = load_file(folder / "model" / "model.safetensors")
+    assert all((found[name] == tensor).all() for name, tensor in weights.items())

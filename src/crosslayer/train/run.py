@@ -27,6 +27,7 @@ from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, CrossLayerError, RunInterruptedError, TrainingError
 from ..loading import MODEL_FOLDER, has_model, load_saved
 from ..provenance import describe_run
+from .callbacks import EvaluateAtTheEnd
 from .memory import choose_recompute, training_method, training_step
 from .progress import shows_bars
 from .recipe import Recipe, build_recipe, read_recipe
@@ -53,7 +54,6 @@ from .run_folder import (
 )
 from .stream import Passes
 from .trainer import (
-    EvaluateAtTheEnd,
     PretrainTrainer,
     check_metric,
     describe_device,

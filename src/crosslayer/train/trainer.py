@@ -19,6 +19,7 @@ from ..crnet import CRNetConfig
 from ..errors import ConfigError, CrossLayerError, TrainingError
 from ..evaluate import measure_perplexity
 from ..private import prepare_anew, set_last_rates
+from .callbacks import OwnIntervals, StopWhenNotFinite
 from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_manifest
 from .losses import NextTokenLoss, without_repeats
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
@@ -35,6 +36,7 @@ def training_arguments(kind: type[TrainingArguments], settings: dict[str, Any], 
         settings.setdefault("dataloader_pin_memory", False)
     try:
         arguments = kind(output_dir=str(output_dir), logging_nan_inf_filter=False, **settings)
+        arguments.to_json_string()  # as a checkpoint and a tracker keep them
     except Exception as error:  # TrainingArguments and the libraries behind it fail in as many ways as there are values
         raise ConfigError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
     _check_intervals(arguments)
@@ -100,6 +102,7 @@ class SafeTrainer(Trainer):
     - `train`: with several processes they train one model also after an evaluation;
     - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite; adds hashes;
     - `get_batch_samples`: rows that accelerate repeats to give every process as many do not count a second time;
+    - `_run_epoch`: a run that goes on from its last step takes no other;
     - `_load_optimizer_and_scheduler`: a resumed run takes its own rates, decay and schedule;
     - progress: a bar with the loss, or log lines, in place of printed dictionaries.
     """
@@ -136,6 +139,12 @@ class SafeTrainer(Trainer):
         if self._most_checkpoints == 1 and best is not None and self.args.should_save:
             keep_best(Path(self.args.output_dir), best, self.state.global_step)
         return output
+
+    def _run_epoch(self, **settings) -> None:
+        if self.state.global_step >= self.state.max_steps:  # the Trainer would take one step before it looks
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**settings)
 
     def check_optimizer(self, steps: int) -> None:
         """Make optimizer and schedule once and drop them: what they refuse shows before anything is written."""
@@ -413,38 +422,3 @@ def _will_log(args, state) -> bool:
     if args.logging_strategy != "steps":
         return False
     return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-
-
-class StopWhenNotFinite(TrainerCallback):
-    """Stops a run whose loss is no longer finite, with the step and the last good checkpoint.
-
-    Looked at after every step on the CPU and whenever something is logged or saved elsewhere, where reading the loss
-    makes the host wait.
-    """
-
-    def __init__(self, trainer: SafeTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if args.device.type != "cpu" and not (control.should_log or control.should_save):
-            return
-        if not bool(self.trainer.losses_are_finite):
-            raise TrainingError(
-                f"the loss is not finite at step {state.global_step}; {self.trainer.last_good_checkpoint()}; "
-                "lower learning_rate, or set max_grad_norm"
-            )
-
-
-class OwnIntervals(TrainerCallback):
-    """A resumed run logs, evaluates and saves as often as it was asked to; the Trainer does as its checkpoint says."""
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        state.compute_steps(args, state.max_steps)
-
-
-class EvaluateAtTheEnd(TrainerCallback):
-    """Evaluates after the last step, whatever `eval_steps` says, while trackers still listen."""
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
