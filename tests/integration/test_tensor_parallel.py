@@ -15,6 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import crosslayer.crnet.tape
+from crosslayer.accounting import Sharding, Step
+from crosslayer.accounting.kept import saved_bytes
+from crosslayer.accounting.memory import method_of
+from crosslayer.accounting.shapes import Shape
+from crosslayer.analysis import measure_saved_activations
 from family_cases import FAMILY_CASES, NO_DROPOUT, tokens
 from tolerances import error_in_tolerances
 
@@ -157,6 +162,10 @@ def two(rank, folder):
     model = load(folder, "qwen3", "none", **mesh_of)
     results["local"] = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
     model.save_pretrained(f"{folder}/saved")
+    results["kept"] = {
+        policy: measure_saved_activations(load(folder, "llama", policy, **mesh_of).float(), tokens(rows=4)).layer_bytes
+        for policy in POLICIES
+    }
     for name in REFUSED:
         try:
             REFUSED[name][0].causal_class.from_pretrained(f"{folder}/{name}", **mesh_of)
@@ -272,6 +281,17 @@ def test_a_rank_holds_its_part(on_two, folder):
     vocabulary, hidden = model.lm_head.weight.shape
     uneven = 2 * hidden * ((vocabulary + 1) // 2) - embeddings // 2  # rank 0 holds one row more of an odd vocabulary
     assert on_two["local"] == model.num_parameters() - halved + halved // 2 + uneven
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_rank_keeps_what_accounting_says(on_two, policy):
+    """Of the layers between the first, and the last, whose state is the live one."""
+    config, ids = FAMILIES["llama"].config(**FIELDS[policy]), tokens(rows=4)
+    step = Step(micro_batch=4, sequence=ids.shape[1], sharding=Sharding(tensor=2))
+    kept = on_two["kept"][policy]
+    for layer in (1, 2):
+        expected = ids.numel() * saved_bytes(Shape.of(config), step, method_of(config), layer)
+        assert kept[layer] == expected
 
 
 def test_saved_as_one_process_saves_it(on_two, folder):

@@ -82,11 +82,11 @@ def measure_saved_activations(model: nn.Module, input_ids: torch.Tensor, **argum
 
 
 def _count(found: list, model: nn.Module, layers: int, tokens: int) -> SavedActivations:
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    weights = {storage_of(tensor).data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     seen: set[int] = set(weights)
     result = SavedActivations(tokens, [0] * layers)
     for layer, tensor in sorted(found, key=lambda pair: pair[0] % (layers + 1)):  # elsewhere comes last
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         if storage.data_ptr() in seen:
             continue
         seen.add(storage.data_ptr())
@@ -95,6 +95,12 @@ def _count(found: list, model: nn.Module, layers: int, tokens: int) -> SavedActi
         else:
             result.layer_bytes[layer] += storage.nbytes()
     return result
+
+
+@torch.no_grad()
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """Where a tensor lies; of one that is spread over processes, the part of this one."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).untyped_storage()
 
 
 def _tapes_of(output: torch.Tensor) -> list:
