@@ -237,7 +237,23 @@ def check_save_and_load(case: FamilyCase, folder, auto):
     assert differing <= {"auto_map", "_name_or_path", "dtype"}
     assert again.state_dict().keys() == model.state_dict().keys()
     assert_close(again(tokens()).logits, model(tokens()).logits)  # a grouped product depends on where weights lie
+    check_bodies(case, folder, model)
     return again
+
+
+def check_bodies(case: FamilyCase, folder, model):
+    """A classifier, and the decoder alone, start from the weights of a language model, and the other way round."""
+    body = case.cls("Model").from_pretrained(folder, output_loading_info=True)
+    head, of_head = case.cls("ForSequenceClassification").from_pretrained(folder, output_loading_info=True)
+    assert not body[1]["missing_keys"]
+    assert of_head["missing_keys"] == {"score.weight"}
+    assert head.base_model_prefix == model.base_model_prefix
+    ours = model.base_model.state_dict()
+    for other in (body[0], head.base_model):
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in other.state_dict().items())
+    head.save_pretrained(folder / "head")
+    _, of_body = case.cls("Model").from_pretrained(folder / "head", output_loading_info=True)
+    assert not of_body["missing_keys"]
 
 
 # Generation

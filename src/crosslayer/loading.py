@@ -144,16 +144,22 @@ def load_pretrained(name: str, auto_class: str, **settings: Any) -> tuple["PreTr
         auto_class: name of transformers' Auto class that makes it.
         settings: for its `from_pretrained`.
 
-    Raises CheckpointError for a model that does not exist or cannot be loaded.
+    Raises CheckpointError for a model that does not exist, cannot be loaded or lacks weights that are not a new head's.
     """
     import transformers
 
     source = find_model(name, holds=(CONFIG,))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        return getattr(transformers, auto_class).from_pretrained(source, **settings), tokenizer
+        model, info = getattr(transformers, auto_class).from_pretrained(source, output_loading_info=True, **settings)
     except Exception as error:  # the hub, its client and model classes raise dozens of kinds
         raise CheckpointError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+    # A classifier's head is new, and so is the pooler under it where there was none; a language model's is not.
+    is_new = "ForSequenceClassification" in auto_class
+    body = f"{model.base_model_prefix}."
+    lacking = [key for key in info["missing_keys"] if not is_new or (key.startswith(body) and "pooler" not in key)]
+    _check_complete(lacking, f"model {name!r} ({model.config.model_type})", "of another kind")
+    return model, tokenizer
 
 
 def load_body(name: str, *, untrained: bool = False, seed: int = 0, dtype: str = "auto") -> Any:

@@ -7,32 +7,19 @@ import argparse
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from sdist import unpacked  # noqa: E402
+
 SUITES = {
     "decoder": "test_decoder_models.py",
     "feature": "test_feature_extraction_models.py",
     "seq_classifier": "test_seq_classifier.py",
     "custom": "test_custom_models.py",
 }
-
-
-def sources(folder: Path) -> Path:
-    """The unpacked source distribution, checked against its hash when it is fetched."""
-    found = sorted(folder.glob("peft-*/tests"))
-    if not found:
-        folder.mkdir(parents=True, exist_ok=True)
-        options = ["--no-deps", "--no-binary", "peft", "--require-hashes", "--no-build-isolation", "--quiet"]
-        requirements = ["--requirement", str(HERE / "requirements.txt")]
-        subprocess.run([sys.executable, "-m", "pip", "download", *options, *requirements, "--dest", folder], check=True)
-        with tarfile.open(next(folder.glob("peft-*.tar.gz"))) as archive:
-            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since Python 3.11.4
-            archive.extractall(folder, **safely)
-        found = sorted(folder.glob("peft-*/tests"))
-        (found[-1] / "__init__.py").touch()  # left out of the distribution; its tests import one another
-    return found[-1].parent
 
 
 def main() -> int:
@@ -45,7 +32,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("build/peft_suite"))
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
-    root = sources(folder)
+    root = unpacked("peft", HERE / "requirements.txt", folder)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(root), str(HERE), os.environ.get("PYTHONPATH", "")]),

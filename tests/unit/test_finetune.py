@@ -1,10 +1,12 @@
 """Whole fine-tuning runs: every method learns, what a run leaves behind, resuming to the last digit."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from crosslayer.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -197,6 +199,26 @@ def test_conversations_without_a_chat_template(root):
     assert report.plan["kind"] == "instruction"
     assert report.after["eval_loss"] < report.before["eval_loss"]
     assert report.samples[0]["prompt"].endswith("### Response:\n")
+
+
+@pytest.mark.parametrize("model", ["encoder", "decoder"])
+def test_a_base_that_lacks_weights_is_refused(root, tmp_path, model):
+    """Else they would be drawn anew, and the run would train an adapter of a model that was never trained."""
+    shutil.copytree(root / model, tmp_path / model)
+    weights = load_file(tmp_path / model / "model.safetensors")
+    for name in [name for name in weights if "layers.1." in name or "layer.1." in name]:
+        del weights[name]
+    save_file(weights, tmp_path / model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{model}' .* lacks \d+ weights"):
+        finetune(tiny_recipe(root, tmp_path / model, root / "sst2"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_answers_no_instructions(root, tmp_path):
+    """It has no head to predict with; a new one would be random."""
+    recipe = tiny_recipe(root, root / "encoder", root / "instructions.jsonl", task=None)
+    with pytest.raises(CheckpointError, match=r"encoder' \(bert\) lacks \d+ weights"):
+        finetune(recipe, tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(root, monkeypatch):

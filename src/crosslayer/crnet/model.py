@@ -356,9 +356,8 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         setattr(self, self.base_model_prefix, self.body_class(config))
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.fused_loss = config.vocab_size, False
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.fused_loss = False
         self.loss_type = "ForCausalLM"
         self.post_init()
 
@@ -416,16 +415,17 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
         )
 
 
-class CrossLayerForSequenceClassification(GenericForSequenceClassification, CrossLayerPreTrainedModel):
+class CrossLayerForSequenceClassification(CrossLayerPreTrainedModel):
     """The decoder with a linear classifier on the last token that is not padding. A family sets `body_class`."""
 
     body_class: type[CrossLayerModel]
+    # The forward alone: as a base, the generic class would call the decoder `model` in every family.
+    forward = GenericForSequenceClassification.forward
     # Its loss is a mean over rows: a Trainer that accumulates has to divide it, not the model.
     accepts_loss_kwargs = False
 
     def __init__(self, config: Any) -> None:
-        # Not the generic constructor, which asks AutoModel: a checkpoint must load without a registry.
-        CrossLayerPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
+        super().__init__(config)
         self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, self.body_class(config))
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
