@@ -32,6 +32,7 @@ STEPS = 300
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 CLEARLY_WORSE = 1.02
 BASE_RATE, EMBEDDING_RATE = 1e-3, 8e-3
+MOST_STEPS = 5
 START = {"full_rank": 5e-4, "low_rank": 1e-3}
 
 WIDTHS = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -226,7 +227,8 @@ class Runs:
     def tune(self, contender: str) -> dict[str, float]:
         """Rates with the lowest perplexity: of the factors, then of the full-rank matrices.
 
-        In steps of two from `START` until the best one has a worse neighbour on both sides.
+        In steps of two from `START` until the best one has a worse neighbour on both sides, or lies `MOST_STEPS` away:
+        factors that hardly learn go on getting better by nothing.
         """
         groups = ("full_rank",) if contender == "dense" else ("low_rank", "full_rank")
         best = {group: START[group] for group in groups}
@@ -238,8 +240,10 @@ class Runs:
                     tried[rate] = self.run(contender, best | {group: rate}, TUNING_SEED)
                 return tried[rate]
 
-            rate = START[group]
-            while min(perplexity(rate / 2), perplexity(2 * rate)) < perplexity(rate):
+            rate, most = START[group], 2**MOST_STEPS
+            while START[group] / most < rate < START[group] * most and (
+                min(perplexity(rate / 2), perplexity(2 * rate)) < perplexity(rate)
+            ):
                 rate = rate / 2 if perplexity(rate / 2) < perplexity(2 * rate) else 2 * rate
             best[group] = rate
         return best
