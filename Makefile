@@ -2,6 +2,7 @@
 # make test        set up everything, run the whole test-suite
 # make test-oldest   set up the oldest versions that pyproject.toml allows, run the tests that lean most on other packages
 # make test-peft   set up everything, run PEFT's own test-suite on LoR2C (ARGS="decoder custom" for some of it)
+# make test-transformers   set up everything, run transformers' common model tests on our models (ARGS="llama" for some)
 # make lint types  style and type checks
 #
 # PYTHON=python3.12 make pretrain   picks another interpreter (3.11 or newer)
@@ -17,7 +18,7 @@ OLDEST_TESTS = $(patsubst %,tests/unit/test_%.py,private registration config cli
 RUN = runs/crnet_python_library
 ARGS ?= $(if $(wildcard $(RUN)/run.json),--resume)
 
-.PHONY: pretrain test test-fast test-oldest test-peft lint types check clean
+.PHONY: pretrain test test-fast test-oldest test-peft test-transformers lint types check clean
 
 pretrain: $(READY)
 	@echo "== Pre-training a CR-Net on the Python standard library's own text (a few minutes on two CPU cores)"
@@ -39,6 +40,11 @@ test-peft: ARGS =
 test-peft: $(READY)
 	@echo "== Running PEFT's own test-suite on LoR2C"
 	@$(BIN)/python tests/peft_suite/run.py $(ARGS)
+
+test-transformers: ARGS =
+test-transformers: $(READY)
+	@echo "== Running transformers' own model tests on CR-Net"
+	@$(BIN)/python tests/transformers_suite/run.py $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -26,6 +26,16 @@ KNOWN = {
         "it counts runs of torch's checkpoint function; our policies rebuild activations without it "
         "(tests/parity/test_memory_policies.py compares the gradients)"
     ),
+    **dict.fromkeys(
+        ("test_can_load_from_already_mapped_keys", "test_reverse_loading_mapping"),
+        "there is no checkpoint of ours in an older layout that would have to be converted",
+    ),
+    "test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions": (
+        "it asks the signature for output_attentions, which Cohere's names and ours, as Llama's, takes unnamed"
+    ),
+    "test_moe_models_record_router_logits": (
+        "it looks for a decorator in the file of the model; tests/parity/test_mixtures.py compares router logits"
+    ),
 }
 """Beginning of a test's name -> why ours cannot pass it."""
 

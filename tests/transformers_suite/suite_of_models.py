@@ -18,6 +18,9 @@ from family_cases import FAMILY_CASES, VOCABULARY
 FAMILIES = os.environ["TRANSFORMERS_SUITE_FAMILIES"].split(",")
 SHAPE = {"num_hidden_layers": 2, "initializer_range": 0.02, "hidden_size": 32}
 
+# Torch's grouped products want rows of 16 bytes.
+OF_MIXTURES = {"moe_intermediate_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16}
+
 
 class Tester:
     """Shape and inputs, under the names that transformers' tests look for."""
@@ -31,9 +34,8 @@ class Tester:
         self.num_attention_heads = self.get_config().num_attention_heads
 
     def get_config(self):
-        if self.is_ours:
-            return self.case.config(**SHAPE)
-        return self.case.their_config(**self.case.all_fields(**SHAPE))
+        shape = SHAPE | (OF_MIXTURES if self.case.has_experts else {})
+        return self.case.config(**shape) if self.is_ours else self.case.their_config(**self.case.all_fields(**shape))
 
     def prepare_config_and_inputs_for_common(self):
         ids = ids_tensor([self.batch_size, self.seq_length], VOCABULARY)

@@ -60,3 +60,21 @@ ADAPTERS = {
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 def test_adapter(case, adapter):
     check_adapter(case, adapter())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY_CASES if name.startswith("deepseek")])
+def test_a_router_s_buffers_are_initialised_where_they_are_missing(name, tmp_path):
+    """They are made without a value when a model is loaded; what balances DeepSeek's experts starts at 0."""
+    model = FAMILY_CASES[name].model()
+    buffers = {name for name, _ in model.named_buffers() if "gate" in name}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in buffers}
+    loaded = type(model).from_pretrained(None, config=model.config, state_dict=state)
+    found = dict(loaded.named_buffers())
+    assert all((found[name] == 0).all() for name in buffers)
+
+
+def test_cohere_s_epsilon_goes_by_both_names():
+    config = FAMILY_CASES["cohere"].config(rms_norm_eps=0.25)
+    assert config.layer_norm_eps == config.rms_norm_eps == 0.25
+    config.rms_norm_eps = 0.5
+    assert type(config).from_dict(config.to_dict()).layer_norm_eps == 0.5

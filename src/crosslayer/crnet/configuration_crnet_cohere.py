@@ -11,9 +11,7 @@ class CRNetCohereConfig(CrossLayerFields, CohereConfig):
     __doc__ = CrossLayerFields.__doc__
     model_type = "crnet_cohere"
 
-    @property
-    def rms_norm_eps(self) -> float:
-        return self.layer_norm_eps
+    attribute_map = {"rms_norm_eps": "layer_norm_eps"}
 
     def norm_parameters(self, layer_idx: int | None) -> int:
         if layer_idx is None or not self.use_qk_norm:

@@ -152,6 +152,8 @@ def init_mixture(module: nn.Module, std: float) -> None:
     """Routers and dense experts as transformers; low-rank ones as `_init_weights` does linears, B = 0 if they carry."""
     if isinstance(module, CrossLayerMixture):
         init.normal_(module.gate.weight, std=std)
+        for buffer in module.gate.buffers():  # of DeepSeek's router: what balances its experts
+            init.zeros_(buffer)
         if hasattr(module, "beta"):
             init.constant_(module.beta, module.beta_init)
         if not isinstance(module.experts, LowRankExperts):
