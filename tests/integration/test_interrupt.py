@@ -17,6 +17,8 @@ from tiny_run import tiny_content, tiny_recipe
 
 pytestmark = pytest.mark.slow
 
+# Ctrl-C is heard even where these tests run in the background, which a shell starts deaf to it.
+AT_A_TERMINAL = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 MAIN = [sys.executable, "-m", "crosslayer"]
 LONG = {"max_steps": 100_000, "save_steps": 10, "eval_steps": 100, "logging_steps": 1}
 LIMIT_S = 2.0
@@ -59,7 +61,7 @@ def end_of(root, arguments, until, to="group"):
     """Start a verb, press Ctrl-C when `until` (see `is_reached`) has come: its last words."""
     log = root / "output"
     with log.open("wb") as output:
-        process = subprocess.Popen([*MAIN, *arguments], cwd=root, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen([*MAIN, *arguments], cwd=root, stdout=output, stderr=output, **AT_A_TERMINAL)
     try:
         started = time.monotonic()
         while True:
@@ -166,7 +168,11 @@ while True:
 def test_what_does_not_end_is_ended(tmp_path, waits):
     """A call that swallows the interruption, or threads that somebody waits for."""
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK.format(waits)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", STUCK.format(waits)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **AT_A_TERMINAL,
     )
     assert process.stdout.readline() == "ready\n"
     pressed = time.monotonic()
