@@ -18,17 +18,16 @@ from pathlib import Path
 PLAIN = """
 import sys
 import torch
-from crosslayer.cli.analyze import default_block_size, read_batches
+from crosslayer.cli.analyze import Text
 from crosslayer.cli.common import quiet_libraries
 quiet_libraries()
-from crosslayer.loading import load_body, load_text_tokenizer
+from crosslayer.loading import load_body
 from crosslayer.data import DataConfig
 name, data, tokens, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-model, tokenizer = load_body(name), load_text_tokenizer(name)
-block = default_block_size(model, tokenizer)
-batches = read_batches(DataConfig(data=data), tokenizer, model, tokens, block, size)
+model = load_body(name)
+text = Text(DataConfig(data=data), tokenizer=None, max_tokens=tokens, block_size=None, batch_size=size)
 with torch.no_grad():
-    for batch in batches:
+    for batch in text.batches(name, model):
         model(**batch)
 """
 

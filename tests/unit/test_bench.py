@@ -1,10 +1,13 @@
 """The measuring code of `crosslayer bench` and of benchmarks/, and the verb itself."""
 
+import importlib
 import json
 import multiprocessing
+import re
 import sys
 import types
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +286,15 @@ def test_bench_refuses(run, arguments, parts):
     assert len(result.err.strip().splitlines()) == 1, result.err
     for part in parts:
         assert part in result.err
+
+
+SCRIPTS = sorted(Path(__file__).parents[2].joinpath("benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_what_a_script_imports_of_the_package_exists(script):
+    """Programs that scripts start as text as well, which nothing else looks into."""
+    pattern = r"^\s*from (crosslayer[\w.]*) import (\([^)]*\)|[^\n]*)"
+    for module, names in re.findall(pattern, script.read_text(), re.MULTILINE):
+        for name in re.findall(r"\w+", names.split("#")[0]):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"

@@ -2,10 +2,12 @@
 
 checkpoint-N/
   ...                        what transformers' Trainer writes: weights, optimizer, scheduler, random states, its state
-  crosslayer_manifest.json   size and SHA-256 of every other file but the card, number of processes; written last
+  crosslayer_manifest.json   size and SHA-256 of every other file but the card, number of processes, its own SHA-256;
+                             written last
 """
 
 import hashlib
+import json
 import logging
 import re
 import shutil
@@ -30,7 +32,7 @@ def write_manifest(folder: Path, *, processes: int, weights_only: bool) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_HASHED)
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(_sha256, files))
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "processes": processes,
         "weights_only": weights_only,
@@ -39,7 +41,7 @@ def write_manifest(folder: Path, *, processes: int, weights_only: bool) -> None:
             for path, digest in zip(files, digests, strict=True)
         },
     }
-    write_json(folder / MANIFEST, content)
+    write_json(folder / MANIFEST, {**content, "sha256": _sha256_of(content)})
 
 
 def checkpoint_to_resume(output_dir: Path, processes: int) -> Path | None:
@@ -121,13 +123,16 @@ def damage(folder: Path) -> str | None:
             return f"{', '.join(cut)} does not have the size that was written"
         with ThreadPoolExecutor(4) as pool:
             digests = list(pool.map(_sha256, [folder / name for name in expected]))
+        changed = [
+            name for (name, facts), digest in zip(expected.items(), digests, strict=True) if digest != facts["sha256"]
+        ]
+        own = manifest.pop("sha256", None)
+        if own is not None and own != _sha256_of(manifest):
+            return f"{MANIFEST} is not what was written"
     except (TypeError, KeyError, AttributeError):
         return f"{MANIFEST} cannot be read"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
-    changed = [
-        name for (name, facts), digest in zip(expected.items(), digests, strict=True) if digest != facts["sha256"]
-    ]
     return f"{', '.join(changed)} is not what was written" if changed else _wrong_step(folder)
 
 
@@ -193,6 +198,10 @@ def _check_processes(folder: Path, processes: int) -> None:
             f"{folder} was written by {earlier} processes and cannot be gone on from with {processes}: batches and "
             f"random states are theirs; start {earlier}, or give another --output_dir"
         )
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
