@@ -18,10 +18,15 @@ REFUSALS = [
     (
         "qwen3",
         {"num_key_value_heads": 3},
-        "num_attention_heads=4 is not a multiple of num_key_value_heads=3; choose key-value heads that divide the "
-        "heads.",
+        "num_key_value_heads=3 does not divide num_attention_heads=4.",
     ),
-    ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim=7 must be even: rotations turn pairs."),
+    ("llama", {"head_dim": 5}, "a head that rotations turn is 5 wide; choose an even width: they turn pairs."),
+    ("qwen3", {"head_dim": 7}, "a head that rotations turn is 7 wide; choose an even width: they turn pairs."),
+    (
+        "deepseek_v3",
+        {"qk_rope_head_dim": 7},
+        "a head that rotations turn is 7 wide; choose an even width: they turn pairs.",
+    ),
     # experts
     (
         "qwen3_moe_dense_first",

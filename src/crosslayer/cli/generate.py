@@ -36,17 +36,21 @@ def generate(
 
     model, tokenizer = load_checkpoint(checkpoint)
     model.to(choose_device(device))
-    text = sample(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True),
-    )
+    try:
+        text = sample(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+    except KeyboardInterrupt:
+        print(flush=True)  # what is said of it stands below the text
+        raise
     if as_json:
         print_json({"checkpoint": checkpoint, "prompt": prompt, "text": text, "seed": seed})
     sys.stdout.flush()

@@ -57,5 +57,3 @@ class CRNetDeepseekV3Config(CrossLayerFields, DeepseekV3Config):
                 f"n_group={groups} and topk_group={chosen} do not fit {experts} experts, {active} a token: "
                 "groups divide the experts, and those chosen hold enough of them."
             )
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotations turn pairs.")

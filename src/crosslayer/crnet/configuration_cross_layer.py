@@ -187,6 +187,9 @@ class CrossLayerFields:
         hidden_size, heads = self.hidden_size, self.num_attention_heads  # type: ignore[attr-defined]
         if hidden_size % heads != 0 and not getattr(self, "head_dim", None):
             raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_attention_heads={heads}.")
+        width = getattr(self, "qk_rope_head_dim", None) or getattr(self, "head_dim", None) or hidden_size // heads
+        if width % 2 and hasattr(self, "rope_parameters"):
+            raise ValueError(f"a head that rotations turn is {width} wide; choose an even width: they turn pairs.")
         for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
             if not 0 <= getattr(self, name, 0) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside 0..1: it is the share that is dropped.")
@@ -194,10 +197,7 @@ class CrossLayerFields:
             raise ValueError(f"sliding_window={window} must be at least 1 token; null turns it off.")
         key_value_heads = getattr(self, "num_key_value_heads", heads)
         if key_value_heads < 1 or heads % key_value_heads != 0:
-            raise ValueError(
-                f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}; choose "
-                "key-value heads that divide the heads."
-            )
+            raise ValueError(f"num_key_value_heads={key_value_heads} does not divide num_attention_heads={heads}.")
         self._validate_recompute()
         if self.increment_activation is not None and self.factorization != "cross_layer":
             raise ValueError(
