@@ -29,9 +29,8 @@ WARMUP = where("a whole number of steps, or a share in [0, 1)", lambda x: 0 <= x
 
 
 def _no_split_batches(config: Any) -> bool:
-    return not isinstance(config, Mapping) or (
-        not config.get("split_batches") and config.get("even_batches", True) is True
-    )
+    # No file's name: a number would be opened, and closed, as if it were one.
+    return isinstance(config, Mapping) and not config.get("split_batches") and config.get("even_batches", True) is True
 
 
 TRAINING = {
@@ -67,7 +66,7 @@ TRAINING = {
     "auto_find_batch_size": only(False, "another batch than the recipe's gives another run"),
     "parallelism_config": Range("null (a recipe cannot hold one; accelerate's own file can)", lambda value: False),
     "accelerator_config": Range(
-        "without split_batches, with even_batches (batches are of a process)", _no_split_batches
+        "a mapping without split_batches, with even_batches (batches are of a process)", _no_split_batches
     ),
 }
 """Field of TrainingArguments -> what it may be. None is left to TrainingArguments; the size of a step and how
