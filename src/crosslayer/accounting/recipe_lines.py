@@ -37,8 +37,10 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
             model["recompute_interval"] = best.interval
     if PRECISIONS[request.precision] == PRECISIONS["bf16_autocast"]:
         training["bf16"] = True
-    if best.sharding == "fsdp":
+    if best.fsdp > 1 and best.fsdp == request.gpus:  # other splits: docs/scale.md
         training["fsdp"] = True
+        if best.accumulation > 1:  # otherwise whole gradients stay on every device until the last micro-batch
+            training["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     if trained.optimizer in _TRAINER_OPTIMIZERS:
         training["optim"] = _TRAINER_OPTIMIZERS[trained.optimizer]
         if trained.optimizer != "adamw_8bit":

@@ -34,7 +34,7 @@ def training_step(arguments: "TrainingArguments", block_size: int) -> Step:
         sequence=block_size,
         micro_batch=arguments.train_batch_size,
         precision=Precision(products=2 if half else 4),
-        sharding=Sharding(data=arguments.world_size, fsdp=bool(arguments.fsdp)),
+        sharding=Sharding(**{"fsdp" if arguments.fsdp else "replicas": arguments.world_size}),
         fused_norms=arguments.device.type == "cuda",
         fused_optimizer="fused" in str(getattr(arguments.optim, "value", arguments.optim)),
         accumulates=arguments.gradient_accumulation_steps > 1,
