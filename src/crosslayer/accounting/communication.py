@@ -107,12 +107,13 @@ def _of_fsdp(shape: Shape, step: Step, method: Method) -> Iterator[Collective]:
     p, s = step.precision, step.sharding
     if s.fsdp == 1:
         return
-    layers = shape.of_layers(lambda index: _gathered(shape, index, s))
-    around, added = _around(shape, s.tensor), _added(shape, method)
-    embeddings = 0.0 if shape.tie_word_embeddings else _vocabulary(shape, s.tensor) + shape.position_embeddings
-    forward = sum(layers) + around + added
-    backward = sum(layers) + embeddings + added + sum(layers[index] for index in _replayed(shape, method))
-    trained = count_trainable(shape, method) if added else sum(layers) + around
+    layers = shape.of_layers(lambda index: _padded(shape, index, s))
+    table, added = _vocabulary(shape, s.tensor), _added(shape, method)
+    # A tied table is in two groups, with the last norm and alone, and neither is freed before the backward.
+    forward = sum(layers) + 2 * table + shape.position_embeddings + shape.final_norm + added
+    again = 0.0 if shape.tie_word_embeddings else table + shape.position_embeddings
+    backward = sum(layers) + again + sum(layers[index] for index in _replayed(shape, method)) + added
+    trained = count_trainable(shape, method) if added else forward
     yield Collective(kind="all_gather", axis="fsdp", phase="forward", size=forward * p.products)
     yield Collective(kind="all_gather", axis="fsdp", phase="backward", size=backward * p.products)
     yield Collective(kind="reduce_scatter", axis="fsdp", phase="backward", size=trained * p.gradients)
@@ -122,11 +123,11 @@ def _of_replicas(shape: Shape, step: Step, method: Method) -> Iterator[Collectiv
     s = step.sharding
     if s.replicas == 1:
         return
-    if _added(shape, method):
-        trained = float(count_trainable(shape, method))
-    else:
-        layers = shape.of_layers(lambda index: count_local_parameters(shape, index, s.tensor))
-        trained = sum(layers) + _around(shape, s.tensor)
+    trained = float(count_trainable(shape, method))
+    if not _added(shape, method):
+        tables = 1 if shape.tie_word_embeddings and s.fsdp == 1 else 2
+        trained = sum(shape.of_layers(lambda index: _padded(shape, index, s)))
+        trained += tables * _vocabulary(shape, s.tensor) + shape.position_embeddings + shape.final_norm
     size = trained / s.fsdp * step.precision.gradients
     yield Collective(kind="all_reduce", axis="replicas", phase="update", size=size)
 
@@ -138,16 +139,10 @@ def _added(shape: Shape, method: Method) -> int:
     return count_relora_factors(shape, method.optimizer_rank) if method.optimizer == "relora" else 0
 
 
-def _gathered(shape: Shape, layer_idx: int, sharding: Sharding) -> float:
-    """Parameters of a layer as FSDP2 gathers them: a beta, one number, fills up a row on every device."""
+def _padded(shape: Shape, layer_idx: int, sharding: Sharding) -> float:
+    """Parameters of a layer as FSDP2 shards them: a beta, one number, fills up a row on every device."""
     betas = sum(linear.builds for linear in shape.layers[layer_idx].linears.values())
     return count_local_parameters(shape, layer_idx, sharding.tensor) + betas * (sharding.fsdp - 1)
-
-
-def _around(shape: Shape, tensor: int) -> float:
-    """Parameters outside the layers, on one device: embeddings, last norm, head."""
-    tables = 1 if shape.tie_word_embeddings else 2
-    return tables * _vocabulary(shape, tensor) + shape.position_embeddings + shape.final_norm
 
 
 def _vocabulary(shape: Shape, tensor: int) -> float:

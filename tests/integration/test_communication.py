@@ -1,0 +1,154 @@
+"""Two and four gloo processes: the collectives of a step move the bytes that `count_collectives` says, to the byte.
+
+Every collective is seen where torch hands it to its backend, with the sizes that it is given there.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.distributed import DistributedConfig
+
+from crosslayer.accounting import PRECISIONS, Method, Sharding, Step, count_collectives
+from crosslayer.accounting.memory import method_of
+from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
+
+pytestmark = pytest.mark.slow
+
+ROWS, LENGTH = 2, 16
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "rank": 8,
+}
+FIELDS = {
+    **{policy: {"recompute": policy} for policy in ("none", "invert", "replay", "reversible")},
+    "replay_2": {"recompute": "replay", "recompute_interval": 2},
+    "cola": {"factorization": "cola", "recompute": "replay"},
+    "dense": {"factorization": "dense"},
+    "one_key": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "mixed": {},  # weights travel in bf16, gradients in float32
+}
+SPLITS = {
+    "tensor": Sharding(tensor=2),
+    "fsdp": Sharding(fsdp=2),
+    "replicas": Sharding(replicas=2),
+    "tensor_fsdp": Sharding(tensor=2, fsdp=2),
+    "fsdp_replicas": Sharding(fsdp=2, replicas=2),
+}
+CASES = [
+    *(("tensor", fields) for fields in FIELDS if fields not in ("tied", "mixed", "replay_2")),
+    *(("fsdp", fields) for fields in FIELDS if fields != "one_key"),
+    *(("replicas", fields) for fields in ("none", "tied")),
+    *((split, fields) for split in ("tensor_fsdp", "fsdp_replicas") for fields in ("none", "replay")),
+]
+
+KINDS = {
+    "_allgather_base_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+}
+
+
+class Sent(TorchDispatchMode):
+    """Bytes of the whole tensors of each kind of collective, by the phase that is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase, self.sizes = "forward", Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        result = function(*arguments, **(kwargs or {}))
+        name = function.name().partition("::")[2].partition(".")[0]
+        if "c10d" in function.namespace and name in KINDS:
+            leaves = torch.utils._pytree.tree_leaves((arguments, result))
+            largest = max((x for x in leaves if isinstance(x, torch.Tensor)), key=lambda x: x.numel())
+            if largest.dim():  # a scalar is what the policies tell one another of their drift
+                self.sizes[KINDS[name], self.phase] += largest.numel() * largest.element_size()
+        return result
+
+
+def config_of(fields):
+    return CRNetConfig(**(SHAPE | FIELDS[fields]))
+
+
+def load(folder, fields, sharding):
+    if sharding.tensor == sharding.fsdp == 1:
+        return DistributedDataParallel(CRNetForCausalLM.from_pretrained(f"{folder}/{fields}").train())
+    sizes = {"tp_size": sharding.tensor, "fsdp_size": sharding.fsdp, "dp_replicate_size": sharding.replicas}
+    sizes = {name: size for name, size in sizes.items() if size > 1}
+    config = DistributedConfig(**sizes, fsdp_mixed_precision=fields == "mixed")
+    return CRNetForCausalLM.from_pretrained(f"{folder}/{fields}", distributed_config=config).train()
+
+
+def counted(folder, split, fields):
+    model = load(folder, fields, SPLITS[split])
+    ids = torch.randint(SHAPE["vocab_size"], (ROWS, LENGTH))
+    with Sent() as sent:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        sent.phase = "backward"
+        loss.backward()
+    return sent.sizes
+
+
+def worker(rank, folder, world):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/of_{world}", rank=rank, world_size=world)
+    found = {
+        (split, fields): counted(folder, split, fields) for split, fields in CASES if SPLITS[split].devices == world
+    }
+    if rank == 0:
+        torch.save(found, f"{folder}/{world}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("communication")
+    for fields in FIELDS:
+        CRNetForCausalLM(config_of(fields)).save_pretrained(folder / fields)
+    counts = {}
+    for world in (2, 4):
+        multiprocessing.spawn(worker, (str(folder), world), nprocs=world)
+        counts |= torch.load(folder / f"{world}.pt", weights_only=False)
+    return counts
+
+
+def expected(split, fields, **changes):
+    config = config_of(fields)
+    precision = PRECISIONS["bf16_autocast" if fields == "mixed" else "float32"]
+    step = Step(sequence=LENGTH, micro_batch=ROWS, precision=precision, sharding=SPLITS[split])
+    method = Method(**(vars(method_of(config)) | changes))
+    sizes = Counter()
+    for collective in count_collectives(config, step, method):
+        phase = "backward" if collective.phase == "update" else collective.phase
+        sizes[collective.kind, phase] += collective.size
+    return sizes
+
+
+@pytest.mark.parametrize(("split", "fields"), CASES)
+def test_bytes_are_what_arithmetic_says(found, split, fields):
+    wanted = expected(split, fields)
+    if (split, fields) == ("tensor", "dense"):  # our block sums dX of five positions one by one, Megatron of two groups
+        once = ROWS * LENGTH * SHAPE["hidden_size"] * 4  # of the head
+        wanted["all_reduce", "backward"] = once + (wanted["all_reduce", "backward"] - once) * 5 / 2
+    assert found[split, fields] == wanted
+
+
+def test_counts_tell_policies_apart(found):
+    """So that equality above says something: another policy, or another interval, is another number."""
+    sizes = {fields: found["fsdp", fields]["all_gather", "backward"] for split, fields in CASES if split == "fsdp"}
+    assert sizes["none"] == sizes["invert"] == sizes["reversible"] < sizes["replay_2"] < sizes["replay"]
+    assert found["fsdp", "replay"] != expected("fsdp", "replay", recompute="invert")
+    assert found["tensor", "reversible"] != expected("tensor", "reversible", recompute="invert")
