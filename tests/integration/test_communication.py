@@ -1,4 +1,4 @@
-"""Two and four gloo processes: the collectives of a step move the bytes that `count_collectives` says, to the byte.
+"""Two and four gloo processes: a step sends, and a device holds, the bytes that arithmetic says, to the byte.
 
 Every collective is seen where torch hands it to its backend, with the sizes that it is given there.
 """
@@ -13,7 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed import DistributedConfig
 
-from crosslayer.accounting import PRECISIONS, Method, Sharding, Step, count_collectives
+from crosslayer.accounting import (
+    PRECISIONS,
+    Method,
+    Sharding,
+    Step,
+    count_collectives,
+    count_parameters,
+    estimate_memory,
+)
 from crosslayer.accounting.memory import method_of
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
 
@@ -98,7 +106,8 @@ def counted(folder, split, fields):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         sent.phase = "backward"
         loss.backward()
-    return sent.sizes
+    held = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
+    return sent.sizes, sum(part.numel() * part.element_size() for part in held)
 
 
 def worker(rank, folder, world):
@@ -125,13 +134,16 @@ def found(tmp_path_factory):
     return counts
 
 
+def step_of(split, fields):
+    precision = PRECISIONS["bf16_autocast" if fields == "mixed" else "float32"]
+    return Step(sequence=LENGTH, micro_batch=ROWS, precision=precision, sharding=SPLITS[split])
+
+
 def expected(split, fields, **changes):
     config = config_of(fields)
-    precision = PRECISIONS["bf16_autocast" if fields == "mixed" else "float32"]
-    step = Step(sequence=LENGTH, micro_batch=ROWS, precision=precision, sharding=SPLITS[split])
     method = Method(**(vars(method_of(config)) | changes))
     sizes = Counter()
-    for collective in count_collectives(config, step, method):
+    for collective in count_collectives(config, step_of(split, fields), method):
         phase = "backward" if collective.phase == "update" else collective.phase
         sizes[collective.kind, phase] += collective.size
     return sizes
@@ -143,12 +155,23 @@ def test_bytes_are_what_arithmetic_says(found, split, fields):
     if (split, fields) == ("tensor", "dense"):  # our block sums dX of five positions one by one, Megatron of two groups
         once = ROWS * LENGTH * SHAPE["hidden_size"] * 4  # of the head
         wanted["all_reduce", "backward"] = once + (wanted["all_reduce", "backward"] - once) * 5 / 2
-    assert found[split, fields] == wanted
+    assert found[split, fields][0] == wanted
+
+
+@pytest.mark.parametrize(("split", "fields"), CASES)
+def test_a_device_holds_the_weights_that_arithmetic_says(found, split, fields):
+    weights = estimate_memory(config_of(fields), step_of(split, fields))["weights"]
+    betas = count_parameters(config_of(fields))["beta"]
+    shards = SPLITS[split].fsdp  # the first holds every beta, each of which is one number
+    assert found[split, fields][1] == weights + 4 * betas * (shards - 1) / shards
 
 
 def test_counts_tell_policies_apart(found):
     """So that equality above says something: another policy, or another interval, is another number."""
-    sizes = {fields: found["fsdp", fields]["all_gather", "backward"] for split, fields in CASES if split == "fsdp"}
-    assert sizes["none"] == sizes["invert"] == sizes["reversible"] < sizes["replay_2"] < sizes["replay"]
-    assert found["fsdp", "replay"] != expected("fsdp", "replay", recompute="invert")
-    assert found["tensor", "reversible"] != expected("tensor", "reversible", recompute="invert")
+    gathers = {
+        fields: found["fsdp", fields][0]["all_gather", "backward"]
+        for fields in ("none", "invert", "reversible", "replay_2", "replay")
+    }
+    assert gathers["none"] == gathers["invert"] == gathers["reversible"] < gathers["replay_2"] < gathers["replay"]
+    assert found["fsdp", "replay"][0] != expected("fsdp", "replay", recompute="invert")
+    assert found["tensor", "reversible"][0] != expected("tensor", "reversible", recompute="invert")
