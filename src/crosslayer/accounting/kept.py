@@ -32,16 +32,11 @@ def live_state_bytes(shape: Shape, step: Step, method: Method) -> float:
 
 def _ended_bytes(shape: Shape, step: Step, method: Method, layer_idx: int) -> float:
     """Bytes per token of the Y that a state holds of positions that ended below, and that no kept state below holds."""
-    last: dict[str, int] = {}
-    for index, name, linear in shape.linears():
-        if linear.carries and index <= layer_idx:
-            last[name] = index
     total = 0.0
-    for name, end in last.items():
-        if end < layer_idx and not any(keeps_state(shape, method, index) for index in range(end, layer_idx)):
-            total += shape.layers[end].linears[name].out_features / shape.layers[end].split_of(
-                name, step.sharding.tensor
-            )
+    for end, again, name in shape.chain_ends:
+        if end < layer_idx < again and not any(keeps_state(shape, method, index) for index in range(end, layer_idx)):
+            layer = shape.layers[end]
+            total += layer.linears[name].out_features / layer.split_of(name, step.sharding.tensor)
     return total * step.precision.at_least_float32
 
 

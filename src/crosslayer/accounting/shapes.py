@@ -312,6 +312,22 @@ class Shape:
         """Number of layers."""
         return len(self.layers)
 
+    @cached_property
+    def chain_ends(self) -> tuple[tuple[int, int, str], ...]:
+        """(last layer, first layer that carries it again or the number of layers, name) of each Y that ends below."""
+        found, ended = [], dict[str, int]()
+        for index in range(1, self.num_hidden_layers):
+            above, below = self.layers[index], self.layers[index - 1]
+            if above is below:
+                continue
+            for name, linear in below.linears.items():
+                if linear.carries and not (name in above.linears and above.linears[name].carries):
+                    ended[name] = index - 1
+            for name, linear in above.linears.items():
+                if linear.carries and name in ended:
+                    found.append((ended.pop(name), index, name))
+        return (*found, *((end, self.num_hidden_layers, name) for name, end in ended.items()))
+
     @property
     def rank(self) -> int | None:
         """The largest rank of the last layer; None where nothing is low rank."""
