@@ -5,10 +5,12 @@ python benchmarks/scale.py --write    puts them there, between its markers
 """
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from crosslayer.accounting import Method, Shape, Sharding, Step, count_collectives, estimate_memory, named_shape
-from crosslayer.accounting.plan import DEFAULT_RESERVE, MemoryPlan, Recommendation
+from crosslayer.accounting.plan import DEFAULT_RESERVE, MemoryPlan, Recommendation, Setting
 from crosslayer.accounting.planner import make_plan
 from crosslayer.accounting.steps import PRECISIONS
 from crosslayer.errors import ConfigError
@@ -16,7 +18,9 @@ from page_tables import run, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "many-devices.md"
 MODELS = ("llama_7b", "llama_13b", "llama_70b")
-ASKED = {"sequence": 4096, "tokens_per_step": 4e6, "beside": ("dense", "cola")}
+DEVICES = (1, 8, 64, 512)
+ASKED: dict[str, Any] = {"sequence": 4096, "tokens_per_step": 4e6, "beside": ("dense", "cola")}
+SPLIT = "TP x FSDP x DDP"
 MICRO_BATCH = Step(sequence=4096, precision=PRECISIONS["bf16_autocast"], accumulates=True)
 USABLE = 80e9 * (1 - DEFAULT_RESERVE)
 KEPT = {
@@ -34,40 +38,54 @@ def title(model: str) -> str:
     return model.removeprefix("llama_").upper()
 
 
-def planned(model: str, **more: object) -> MemoryPlan | str:
-    """A plan, or in words why there is none."""
+@cache
+def planned(model: str, gpus: int, **more: Any) -> MemoryPlan | None:
+    """A plan; None where nothing fits."""
     try:
-        return make_plan(model, **(ASKED | more))
+        return make_plan(model, gpus=gpus, **(ASKED | more))
     except ConfigError as error:
-        return str(error)
+        if "does not fit" not in str(error):
+            raise
+        return None
 
 
-def days(found: Recommendation | str) -> str:
-    return "does not fit" if isinstance(found, str) else f"{found.setting.days:,.1f}"
+def best_of(found: MemoryPlan | Recommendation | str | None) -> Setting | None:
+    if isinstance(found, MemoryPlan):
+        return found.recommended.setting
+    return found.setting if isinstance(found, Recommendation) else None
 
 
 def what_to_run() -> str:
-    """The fastest that fits on H100 with 80 GB, and the days of the others in their own fastest setting."""
+    """The fastest that fits."""
     rows = []
     for model in MODELS:
-        for gpus in (1, 8, 64, 512):
-            plan = planned(model, gpus=gpus)
-            if isinstance(plan, str):
-                rows.append([title(model), f"{gpus}", "does not fit", "", "", "", "", ""])
+        for gpus in DEVICES:
+            best = best_of(planned(model, gpus))
+            row = [title(model), f"{gpus}"]
+            if best is None:
+                rows.append([*row, "does not fit", "", "", "", "", ""])
                 continue
-            best = plan.recommended.setting
-            rows.append(
-                [
-                    title(model),
-                    f"{gpus}",
-                    f"{best.sharding}, {best.label}, {best.micro_batch}",
-                    f"{best.peak_bytes / 1e9:.1f}",
-                    f"{best.tokens_per_s:,.0f}",
-                    *map(days, (plan.recommended, *plan.beside.values())),
-                ]
-            )
-    header = ("", "devices", "TP x FSDP x DDP, policy, micro-batch", "GB", "tokens/s", "days", "dense", "CoLA")
-    return table(header, rows)
+            row += [str(best.sharding), best.label, f"{best.micro_batch}", f"{best.peak_bytes / 1e9:.1f}"]
+            rows.append([*row, f"{best.tokens_per_s:,.0f}", show_days(best)])
+    return table(("", "devices", SPLIT, "recompute", "micro-batch", "GB", "tokens/s", "days"), rows)
+
+
+def show_days(best: Setting | None) -> str:
+    return "does not fit" if best is None else f"{best.days:,.1f}"
+
+
+def days() -> str:
+    """Of each method in its own fastest setting."""
+    rows = []
+    for model in MODELS:
+        for gpus in DEVICES:
+            plan = planned(model, gpus)
+            if plan is None:
+                rows.append([title(model), f"{gpus}", *["does not fit"] * 3])
+            else:
+                others = (show_days(best_of(plan.beside[name])) for name in ("cola", "dense"))
+                rows.append([title(model), f"{gpus}", show_days(best_of(plan)), *others])
+    return table(("", "devices", "CR-Net", "CoLA", "dense"), rows)
 
 
 def memory() -> str:
@@ -118,7 +136,7 @@ def sent() -> str:
                 method = Method(recompute=policy)
                 row.append(f"{sent_by_one(named_shape(model, 'cross_layer'), sharding, method) / 1e9:.1f}")
             rows.append(row)
-    return table(("GB", "", "dense", "CoLA", "CR-Net: none, invert", "replay", "reversible"), rows)
+    return table(("GB", "split", "dense", "CoLA", "CR-Net: none, invert", "replay", "reversible"), rows)
 
 
 def sent_by_one(shape: Shape, sharding: Sharding, method: Method) -> float:
@@ -157,56 +175,35 @@ def deepest(factorization: str, method: Method, sharding: Sharding) -> int:
 
 
 def links() -> str:
-    """13B on 64 H100 with slower and slower links between nodes."""
+    """13B on 64 devices with slower and slower links between nodes."""
     rows = []
     for network in (40e9, 10e9, 2.5e9, 0.3e9):
-        plan = planned("llama_13b", gpus=64, network=network)
-        assert not isinstance(plan, str), plan
-        row = [f"{network / 1e9:g} GB/s"]
-        for found in (plan.recommended, plan.beside["dense"]):
-            assert not isinstance(found, str), found
-            best = found.setting
-            row += [f"{best.sharding}, {best.label}", f"{best.waiting_seconds / best.step_seconds:.0%}"]
-            row.append(f"{best.tokens_per_s:,.0f}")
-        rows.append(row)
-    header = (
-        "between nodes",
-        "CR-Net",
-        "of the time it waits",
-        "tokens/s",
-        "dense",
-        "of the time it waits",
-        "tokens/s",
-    )
-    return table(header, rows)
+        plan = planned("llama_13b", 64, network=network, beside=("dense",))
+        assert plan is not None
+        for name, best in (("CR-Net", best_of(plan)), ("dense", best_of(plan.beside["dense"]))):
+            assert best is not None
+            row = [f"{network / 1e9:g}", name, str(best.sharding), best.label]
+            rows.append([*row, f"{best.waiting_seconds / best.step_seconds:.0%}", f"{best.tokens_per_s:,.0f}"])
+    return table(("GB/s between nodes", "", SPLIT, "recompute", "of the time it waits", "tokens/s"), rows)
 
 
 def other_devices() -> str:
-    """7B on eight of other devices."""
+    """7B on a node of eight of other devices."""
     rows = []
     for name in ("b200", "h200", "a100", "l40s", "rtx-4090"):
-        plan = planned("llama_7b", gpus=8, device=name, tokens_per_step=1e6)
-        if isinstance(plan, str):
-            rows.append([name, "does not fit", "", "", "", ""])
-            continue
-        best = plan.recommended.setting
-        rows.append(
-            [
-                plan.device,
-                f"{best.sharding}, {best.label}, {best.micro_batch}",
-                f"{best.peak_bytes / 1e9:.1f} of {plan.gpu_memory_bytes / 1e9:.0f}",
-                f"{best.waiting_seconds / best.step_seconds:.0%}",
-                f"{best.tokens_per_s:,.0f}",
-                days(plan.beside["dense"]),
-            ]
-        )
-    return table(
-        ("8 x", "TP x FSDP x DDP, policy, micro-batch", "GB", "of the time it waits", "tokens/s", "dense, days"), rows
-    )
+        plan = planned("llama_7b", 8, device=name, tokens_per_step=1e6, beside=())
+        best = best_of(plan)
+        assert plan is not None
+        assert best is not None
+        memory = (f"{best.peak_bytes / 1e9:.1f}", f"{plan.gpu_memory_bytes / 1e9:.0f}")
+        row = [plan.device, str(best.sharding), best.label, f"{best.micro_batch}", *memory]
+        rows.append([*row, f"{best.tokens_per_s:,.0f}", f"{best.days:,.1f}"])
+    return table(("8 x", SPLIT, "recompute", "micro-batch", "GB", "of", "tokens/s", "days"), rows)
 
 
 TABLES = {
     "what": what_to_run,
+    "days": days,
     "memory": memory,
     "tensor-memory": tensor_memory,
     "sent": sent,

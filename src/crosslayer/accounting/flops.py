@@ -63,16 +63,21 @@ def count_operations(
     shape, method = Shape.of(config), method or Method()
     forward, backward, again = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
     once = shape.of_layers(lambda layer_idx: _sltrain_product(shape, layer_idx) / (tokens or sequence_length))
-    alike: dict[Any, list[tuple[str, float, int]]] = {}
+    T, last = sequence_length, shape.num_hidden_layers - 1
+    alike: dict[Any, list[tuple[str, float, int]]] = {}  # many layers are one object
+    alike_again: dict[Any, list[tuple[str, float]]] = {}
     for layer_idx, layer in enumerate(shape.layers):
         beside = trained_beside(shape, method, layer_idx)
         kind = (id(layer), layer_idx > 0, *beside.items())
         if kind not in alike:
-            alike[kind] = [*_products(shape, method, layer_idx, sequence_length, tensor)]
+            alike[kind] = [*_products(shape, method, layer_idx, T, tensor)]
         for part, entries, gradients in alike[kind]:
             forward[part] += 2 * entries
             backward[part] += 2 * entries * gradients
-        for part, entries in _products_again(shape, method, layer_idx, sequence_length, tensor):
+        at_hand = layer_idx == last or keeps_state(shape, method, layer_idx)
+        if (id(layer), at_hand) not in alike_again:
+            alike_again[id(layer), at_hand] = [*_products_again(shape, method, layer, T, tensor, at_hand)]
+        for part, entries in alike_again[id(layer), at_hand]:
             again[part] += 2 * entries
         if shape.factorization == "sltrain":
             forward["layers"] += 2 * once[layer_idx]
@@ -135,8 +140,10 @@ def _inputs_that_learn(shape: Shape, layer: Layer, adapters: dict[str, int], bel
     return reads
 
 
-def _products_again(shape: Shape, method: Method, layer_idx: int, T: int, tensor: int) -> Iterator[tuple[str, float]]:
-    """(part, entries per token) of what the backward runs again in one layer.
+def _products_again(
+    shape: Shape, method: Method, layer: Layer, T: int, tensor: int, is_at_hand: bool
+) -> Iterator[tuple[str, float]]:
+    """(part, entries per token) of what the backward runs again in one layer, whose state may be at hand.
 
     layers      the layer's forward but its last product, whose input is the last thing that is missing
     cola_m      every product with B, and attention
@@ -148,7 +155,6 @@ def _products_again(shape: Shape, method: Method, layer_idx: int, T: int, tensor
     and where `replay` makes a state. A mixture of experts runs again as a whole, and its router once more under every
     policy, since the choice is made ahead.
     """
-    layer = shape.layers[layer_idx]
     attention = T * (layer.query_width + layer.value_width) / tensor
     is_sltrain = shape.factorization == "sltrain"
     linears = {name: layer.products_on_one(name, tensor, is_sltrain) for name in layer.linears}
@@ -163,8 +169,6 @@ def _products_again(shape: Shape, method: Method, layer_idx: int, T: int, tensor
     elif policy is not None:
         if not policy.keeps_attention:
             yield "attention", attention
-        layers = shape.num_hidden_layers
-        is_at_hand = layer_idx == layers - 1 or keeps_state(shape, method, layer_idx)
         for name, linear in layer.linears.items():
             if linear.is_mixture:
                 again = 0 if policy.name == "none" else sum(linears[name]) + linear.router
