@@ -24,6 +24,7 @@ from crosslayer.accounting import (
 )
 from crosslayer.accounting.memory import method_of
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
+from peak_memory import allocated_peak, make_step
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +60,24 @@ CASES = [
     *((split, fields) for split in ("tensor_fsdp", "fsdp_replicas") for fields in ("none", "replay")),
 ]
 
+WIDE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "rank": 16,
+}
+PEAKS = [
+    *(
+        (split, fields)
+        for split in ("tensor", "fsdp")
+        for fields in ("none", "invert", "replay", "reversible", "dense")
+    ),
+    ("tensor", "cola"),
+]
+PEAK_ROWS, PEAK_LENGTH = 8, 128
+
 KINDS = {
     "_allgather_base_": "all_gather",
     "all_gather_into_tensor": "all_gather",
@@ -86,11 +105,12 @@ class Sent(TorchDispatchMode):
         return result
 
 
-def config_of(fields):
-    return CRNetConfig(**(SHAPE | FIELDS[fields]))
+def config_of(fields, shape=SHAPE):
+    return CRNetConfig(**(shape | FIELDS[fields]))
 
 
 def load(folder, fields, sharding):
+    """A model in training, distributed as transformers does it; with replicas alone, torch's DDP."""
     if sharding.tensor == sharding.fsdp == 1:
         return DistributedDataParallel(CRNetForCausalLM.from_pretrained(f"{folder}/{fields}").train())
     sizes = {"tp_size": sharding.tensor, "fsdp_size": sharding.fsdp, "dp_replicate_size": sharding.replicas}
@@ -110,16 +130,30 @@ def counted(folder, split, fields):
     return sent.sizes, sum(part.numel() * part.element_size() for part in held)
 
 
-def worker(rank, folder, world):
+def peak_of(folder, split, fields):
+    """Of a step, beyond the weights: most bytes that the allocator has handed out at once."""
+    model = load(folder, f"wide_{fields}", SPLITS[split])
+    step = make_step(model, torch.randint(3, WIDE["vocab_size"], (PEAK_ROWS, PEAK_LENGTH)))
+    step()
+    model.zero_grad()
+    return allocated_peak(step)
+
+
+def worker(rank, folder):
+    """The first two processes, then all four, since starting them costs more than the steps."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/of_{world}", rank=rank, world_size=world)
-    found = {
-        (split, fields): counted(folder, split, fields) for split, fields in CASES if SPLITS[split].devices == world
-    }
-    if rank == 0:
-        torch.save(found, f"{folder}/{world}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    for world in (2, 4):
+        if rank >= world:
+            continue
+        dist.init_process_group("gloo", init_method=f"file://{folder}/of_{world}", rank=rank, world_size=world)
+        cases = [case for case in CASES if SPLITS[case[0]].devices == world]
+        found = {case: counted(folder, *case) for case in cases}
+        if world == 2:
+            found["peaks"] = {case: peak_of(folder, *case) for case in PEAKS}
+        if rank == 0:
+            torch.save(found, f"{folder}/{world}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +161,14 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("communication")
     for fields in FIELDS:
         CRNetForCausalLM(config_of(fields)).save_pretrained(folder / fields)
-    counts = {}
-    for world in (2, 4):
-        multiprocessing.spawn(worker, (str(folder), world), nprocs=world)
-        counts |= torch.load(folder / f"{world}.pt", weights_only=False)
-    return counts
+    for _, fields in PEAKS:
+        CRNetForCausalLM(config_of(fields, WIDE)).save_pretrained(folder / f"wide_{fields}")
+    multiprocessing.spawn(worker, (str(folder),), nprocs=4)
+    return {
+        case: counts
+        for world in (2, 4)
+        for case, counts in torch.load(folder / f"{world}.pt", weights_only=False).items()
+    }
 
 
 def step_of(split, fields):
@@ -164,6 +201,18 @@ def test_a_device_holds_the_weights_that_arithmetic_says(found, split, fields):
     betas = count_parameters(config_of(fields))["beta"]
     shards = SPLITS[split].fsdp  # the first holds every beta, each of which is one number
     assert found[split, fields][1] == weights + 4 * betas * (shards - 1) / shards
+
+
+@pytest.mark.parametrize(("split", "fields"), PEAKS)
+def test_the_peak_of_a_device_is_what_arithmetic_says(found, split, fields):
+    """As in test_accounting_memory.py. CoLA's working set is estimated as CR-Net's, of which less is split."""
+    step = Step(
+        sequence=PEAK_LENGTH, micro_batch=PEAK_ROWS, sharding=SPLITS[split], fused_norms=False, fused_loss=False
+    )
+    parts = estimate_memory(config_of(fields, WIDE), step)
+    planned = sum(size for part, size in parts.items() if part not in ("weights", "optimizer"))
+    most = 1.2 if (split, fields) == ("tensor", "cola") else 1.08
+    assert 0.95 <= planned / found["peaks"][split, fields] <= most
 
 
 def test_counts_tell_policies_apart(found):

@@ -1,6 +1,7 @@
 """Plans: what they recommend fits when it runs, costs what it says, and is the fastest; what they refuse."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from crosslayer.errors import ConfigError
 from crosslayer.recipes import FOLDER
 from crosslayer.train import build_recipe
 from crosslayer.train.run import build_arguments, build_model_config
+from family_cases import FAMILY_CASES
 from model_cases import config_of
 from peak_memory import allocated_peak, make_step
 
@@ -291,6 +293,48 @@ def test_what_the_refusal_asks_for_does():
     assert make_plan("llama_7b", gpu_memory=needed + 0.1e9).recommended.setting.fits
     with pytest.raises(ConfigError):
         make_plan("llama_7b", gpu_memory=needed - 0.1e9)
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("crnet", {"gpus": 1}),
+        ("dense", {"gpus": 8, "fsdp": 1, "tensor_parallel": 1}),
+        ("dense", {"gpus": 8, "micro_batch": 16}),
+        ("dense", {"gpus": 2}),
+    ],
+)
+def test_the_change_that_a_refusal_names_makes_it_fit(method, request_):
+    given = {"sequence": 4096, "beside": (), "gpu_memory": 40e9, "tokens_per_step": 1e6}
+    with pytest.raises(ConfigError) as caught:
+        make_plan("llama_7b", method, **given, **request_)
+    change = re.search(r"give (?:(\d+) gpus, )?tensor_parallel=(\d+), fsdp=(\d+) and micro_batch=1", str(caught.value))
+    assert change is not None, caught.value
+    gpus, tensor, fsdp = (int(number or request_["gpus"]) for number in change.groups())
+    again = {"gpus": gpus, "tensor_parallel": tensor, "fsdp": fsdp, "micro_batch": 1}
+    assert make_plan("llama_7b", method, **given, **again).recommended.setting.fits
+    if gpus > request_["gpus"]:
+        with pytest.raises(ConfigError, match="does not fit"):
+            make_plan("llama_7b", method, **given, gpus=gpus // 2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe_interleaved", "deepseek_v3"])
+def test_families_without_tensor_parallelism(family):
+    """Left out where nothing is asked; refused, as the model itself refuses it, where it is."""
+    shape = Shape.of(FAMILY_CASES[family].config())
+    request = {"gpus": 8, "sequence": 64, "tokens": 1e6, "tokens_per_step": 1e4, "beside": ()}
+    plan = make_plan(shape, **request)
+    assert {setting.tensor_parallel for setting in plan.settings} == {1}
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel=2: tensor parallelism of this model is not known: .*experts"
+    ):
+        make_plan(shape, **request, tensor_parallel=2)
+
+
+def test_keys_and_devices_of_which_neither_divides_the_other():
+    shape = Shape.of({"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 48, "intermediate_size": 128})
+    with pytest.raises(ConfigError, match="num_key_value_heads=3 and 2 ranks: neither divides the other"):
+        make_plan(shape, gpus=2, tensor_parallel=2, tokens=1e6)
 
 
 def test_the_command_prints_tables_and_json(run, monkeypatch):  # noqa: F811

@@ -242,7 +242,8 @@ class _Sizes:
                 G += 0 if linear.carries else n * p.weights * linear.out_features  # made again, in no state
             if not self.policy.keeps_low_rank:
                 G += n * p.products * max(linear.rank or 0 for linear in own.linears.values())  # X A, one by one
-            narrower = hidden - own.attention.key_value_heads * own.attention.key_dim
+            keys = own.attention.key_value_heads * own.attention.key_dim
+            narrower = hidden - keys / (split if own.is_split("k", split) else 1)
             widths = _WORKING_SET[self.policy.name]
             working = n * self.carry * (widths.hidden_float32 * hidden - widths.as_keys * narrower)
             working += n * self.carry * widths.mlp_float32 * mlp
