@@ -68,7 +68,8 @@ def check_tensor_parallel(shape: Shape, trained: Method, tensor: int) -> None:
     optimizer = trained.optimizer
     if shape.factorization == "sltrain" or trained.adapter is not None or optimizer not in ("adamw", "adamw_8bit"):
         what = "adapters" if trained.adapter is not None else shape.factorization if optimizer == "adamw" else optimizer
-        raise ConfigError(f"tensor_parallel={tensor} is not known for {what}; give 1, and fsdp for more memory")
+        instead = "" if _projects(trained) else ", and fsdp for more memory"
+        raise ConfigError(f"tensor_parallel={tensor} is not known for {what}; give 1{instead}")
     try:
         for layer in shape.layers:
             places = {name: linear.position for name, linear in layer.linears.items()}

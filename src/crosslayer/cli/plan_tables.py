@@ -46,7 +46,7 @@ def _show_model(console: Console, plan: MemoryPlan) -> None:
 
 def _show_recommended(console: Console, best: Recommendation) -> None:
     setting = best.setting
-    axes = (("tensor parallel", setting.tensor_parallel), ("FSDP", setting.fsdp), ("replicas", setting.replicas))
+    axes = (("TP", setting.tensor_parallel), ("FSDP", setting.fsdp), ("replicas", setting.replicas))
     split = "".join(f", {name} {size}" for name, size in axes if size > 1)
     console.print(f"recommended: recompute {setting.label}, micro-batch {setting.micro_batch}{split}")
     console.print(f"because it is {best.reason}")
