@@ -34,10 +34,12 @@ from crosslayer.data import tasks as data_tasks
 from crosslayer.lor2c import LoR2CConfig
 from crosslayer.methods import FINETUNING
 from crosslayer.ranges import AT_LEAST_0, MOST_TOKENS, NAME, Range
+from crosslayer.train import parallel
 from crosslayer.train import ranges as training_ranges
 from crosslayer.train.finetune import default_training as finetuning_defaults
 from crosslayer.train.methods import RANGES as ADAPTER_RANGES
 from crosslayer.train.methods import AdapterConfig
+from crosslayer.train.parallel import Parallel
 from crosslayer.train.parameter_groups import ParameterGroups
 from crosslayer.train.recipe import RESERVED_TRAINING_FIELDS, FinetuneRecipe, Recipe, build_recipe
 from crosslayer.train.run import default_training as pretraining_defaults
@@ -234,7 +236,14 @@ def recipes() -> str:
     """Both kinds of recipe, section by section."""
     parts = ["## Recipes to pre-train\n"]
     for kind, sections in (
-        (Recipe, {"data": (DataConfig, data_config.RANGES), "parameter_groups": (ParameterGroups, None)}),
+        (
+            Recipe,
+            {
+                "data": (DataConfig, data_config.RANGES),
+                "parameter_groups": (ParameterGroups, None),
+                "parallel": (Parallel, parallel.RANGES),
+            },
+        ),
         (FinetuneRecipe, {"data": (TaskConfig, data_tasks.RANGES), "adapter": (AdapterConfig, ADAPTER_RANGES)}),
     ):
         if kind is FinetuneRecipe:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from .run_folder import read_json, write_json
+from .sharded import has_shards
 
 MANIFEST = "crosslayer_manifest.json"
 STATE = "trainer_state.json"
@@ -44,15 +45,18 @@ def write_manifest(folder: Path, *, processes: int, weights_only: bool) -> None:
     write_json(folder / MANIFEST, {**content, "sha256": _sha256_of(content)})
 
 
-def checkpoint_to_resume(output_dir: Path, processes: int) -> Path | None:
+def checkpoint_to_resume(output_dir: Path, processes: int | None) -> Path | None:
     """The newest checkpoint that is whole; None when none was finished yet. Says which ones it passes over, and why.
+
+    Args:
+        processes: how many have to have written it; None for any number.
 
     Raises CheckpointError when there are checkpoints and none of them is whole, ConfigError when it was written by
     another number of processes.
     """
     damaged = []
     for folder in reversed(checkpoints(output_dir)):
-        if not (folder / MANIFEST).is_file() and read_json(folder / STATE) is None:
+        if _is_begun(folder):
             _log.warning("%s was not written to its end; it is passed over", folder)
             continue
         problem = damage(folder)
@@ -60,7 +64,8 @@ def checkpoint_to_resume(output_dir: Path, processes: int) -> Path | None:
             _log.warning("%s is not used: %s", folder, problem)
             damaged.append(f"{folder.name}: {problem}")
             continue
-        _check_processes(folder, processes)
+        if processes is not None:
+            _check_processes(folder, processes)
         _log.warning("going on from %s", folder)
         return folder
     if damaged:
@@ -73,8 +78,14 @@ def checkpoint_to_resume(output_dir: Path, processes: int) -> Path | None:
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end, None when there is none. Reads no weights: for messages."""
-    finished = [folder for folder in checkpoints(Path(output_dir)) if read_json(folder / STATE) is not None]
+    finished = [folder for folder in checkpoints(Path(output_dir)) if not _is_begun(folder)]
     return finished[-1] if finished else None
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a checkpoint was not written to its end; shards are written after the Trainer's state."""
+    has_manifest = (folder / MANIFEST).is_file()
+    return not has_manifest and (read_json(folder / STATE) is None or has_shards(folder))
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -33,6 +33,7 @@ from ..errors import CheckpointError, ConfigError, RunInterruptedError, Training
 from ..evaluate.task_metrics import check_metrics_available
 from ..loading import ADAPTER_FOLDER, MODEL_FOLDER, load_pretrained
 from ..provenance import describe_run
+from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .finetune_report import FinetuneReport, write_finetune_report
 from .methods import AdapterConfig, Attached, attach, count_trained, head_parameters
 from .progress import shows_bars
@@ -58,7 +59,7 @@ from .run_folder import (
     write_json,
 )
 from .task_trainer import TaskTrainer
-from .trainer import SafeTrainer, check_metric, describe_device, nothing_left_behind, training_arguments
+from .trainer import SafeTrainer
 
 
 @dataclass(kw_only=True)

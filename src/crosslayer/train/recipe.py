@@ -4,6 +4,7 @@
     model:            {hidden_size: 256, ...}      # fields of CRNetConfig
     data:             {data: python-library, ...}  # fields of DataConfig
     parameter_groups: {full_rank_lr_factor: 0.2}   # fields of ParameterGroups
+    parallel:         {fsdp_size: 8}               # fields of Parallel
     training:         {max_steps: 600, ...}        # fields of transformers' TrainingArguments
 
 and to fine-tune:
@@ -32,6 +33,7 @@ from ..errors import ConfigError, nearest_hint
 from ..ranges import out_of_range
 from ..recipes import recipe_path
 from .methods import AdapterConfig
+from .parallel import Parallel
 from .parameter_groups import ParameterGroups
 from .ranges import MODEL, PRETRAINING, TRAINING, warmup_problem
 from .values import convert, describe, load_yaml, plain
@@ -88,10 +90,13 @@ class Recipe(_AnyRecipe):
     parameter_groups: ParameterGroups = field(default_factory=ParameterGroups)
     """Factors on the learning rate."""
 
+    parallel: Parallel = field(default_factory=Parallel)
+    """How several processes share the model."""
+
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
-    SECTIONS = ("training", "model", "data", "parameter_groups")
+    SECTIONS = ("training", "model", "data", "parameter_groups", "parallel")
     PLAIN = ("name", "description")
 
 
@@ -241,6 +246,7 @@ def _name_problem(name: str) -> list[str]:
 _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
     (Recipe, "data"): DataConfig,
     (Recipe, "parameter_groups"): ParameterGroups,
+    (Recipe, "parallel"): Parallel,
     (FinetuneRecipe, "data"): TaskConfig,
     (FinetuneRecipe, "adapter"): AdapterConfig,
 }

@@ -27,6 +27,7 @@ from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, CrossLayerError, RunInterruptedError, TrainingError
 from ..loading import MODEL_FOLDER, has_model, load_saved
 from ..provenance import describe_run
+from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .callbacks import EvaluateAtTheEnd
 from .memory import choose_recompute, training_method, training_step
 from .progress import shows_bars
@@ -36,6 +37,7 @@ from .resume import (
     changes_of_section,
     changes_of_training,
     check_fingerprints,
+    check_form,
     check_same_run,
     earlier_fingerprints,
     find_checkpoint,
@@ -45,6 +47,7 @@ from .resume import (
 )
 from .run_folder import (
     RECIPE_FILE,
+    RUN_FILE,
     check_output_dir,
     is_main_process,
     peak_memory_bytes,
@@ -53,13 +56,7 @@ from .run_folder import (
     write_json,
 )
 from .stream import Passes
-from .trainer import (
-    PretrainTrainer,
-    check_metric,
-    describe_device,
-    nothing_left_behind,
-    training_arguments,
-)
+from .trainer import PretrainTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -176,8 +173,7 @@ def make_plan(
     recompute: str | None = None,
 ) -> Plan:
     """What a run with this recipe and these data would do. Raises ConfigError where it would take no step."""
-    tokens_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    tokens_per_step *= recipe.data.block_size
+    tokens_per_step = rows_per_step(recipe, arguments) * recipe.data.block_size
     blocks = len(prepared.train) if hasattr(prepared.train, "__len__") else None
     steps = arguments.max_steps
     if steps <= 0:
@@ -212,6 +208,12 @@ def make_plan(
     )
 
 
+def rows_per_step(recipe: Recipe, arguments: "TrainingArguments") -> int:
+    """How many blocks one optimizer step reads, in all processes together."""
+    readers = recipe.parallel.readers(arguments.world_size)
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * readers
+
+
 def pretrain(
     recipe: Recipe,
     output_dir: str | Path,
@@ -235,8 +237,9 @@ def pretrain(
     output_dir = Path(output_dir)
     if is_main_process():
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
-    build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
+    shape = build_model_config(recipe)  # a wrong one costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
+    recipe.parallel.check(shape, arguments.world_size)
     changes = _check_resumption(recipe, arguments, output_dir) if resume else []
 
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
@@ -256,7 +259,8 @@ def pretrain(
     if finished is not None:
         tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return finished
-    checkpoint = find_checkpoint(arguments, output_dir, plan.steps) if resume else None
+    checkpoint = find_checkpoint(arguments, output_dir, plan.steps, any_processes=True) if resume else None
+    check_form(checkpoint, recipe.parallel)
     tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
     started = time.perf_counter()
@@ -275,8 +279,13 @@ def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir
     has_fingerprints = earlier_fingerprints(output_dir) is not None and not recipe.data.streaming
     changes = check_same_run(now, earlier, ("model", "data"), output_dir, has_fingerprints)
     before = build_arguments(began, output_dir)
-    changes += changes_of_training(arguments, before, output_dir)
-    return changes + changes_of_section(now["parameter_groups"], earlier["parameter_groups"])
+    begun_with = read_json(output_dir / RUN_FILE)["plan"]["tokens_per_step"] // began.data.block_size
+    changes += changes_of_training(arguments, before, output_dir, (rows_per_step(recipe, arguments), begun_with))
+    return changes + [
+        change
+        for section in ("parameter_groups", "parallel")
+        for change in changes_of_section(now[section], earlier[section])
+    ]
 
 
 def fingerprints_of(prepared: PreparedData) -> dict[str, str]:
@@ -302,6 +311,7 @@ def _make_trainer(
     from transformers import default_data_collator
 
     model = build_model(config, arguments.seed)
+    model = recipe.parallel.split(model, arguments.world_size, arguments.device)
     facts = RunFacts(
         recipe=recipe.to_dict(),
         run=describe_run(),

@@ -1,0 +1,109 @@
+"""`pretrain` with a model that processes share: the losses of one process, and checkpoints that any number reads."""
+
+import json
+import os
+import shutil
+import socket
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+from crosslayer.loading import load_saved
+from crosslayer.train import build_recipe
+from crosslayer.train.run import pretrain
+from tiny_run import tiny_content
+
+pytestmark = pytest.mark.slow
+
+STEPS, ROWS = 6, 4
+SPLITS = {
+    "fsdp": {"fsdp_size": 4},
+    "fsdp_tp": {"fsdp_size": 2, "tensor_parallel": 2},
+    "replicas_tp": {"tensor_parallel": 2},  # two replicas of two processes each
+    "all": {"fsdp_size": -1, "tensor_parallel": 2},
+}
+"""Of four processes."""
+
+
+def recipe_of(root, processes, **parallel):
+    """Steps of four rows, however many processes read them."""
+    readers = processes // parallel.get("tensor_parallel", 1)
+    settings = {"max_steps": STEPS, "save_steps": 2, "eval_steps": 3, "logging_steps": 1, "save_total_limit": 9}
+    content = tiny_content(root, **settings, per_device_train_batch_size=ROWS // readers, warmup_steps=1)
+    content["model"]["recompute"] = "invert"
+    return build_recipe({**content, "parallel": parallel})
+
+
+def work(rank, processes, port, root, runs):
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    from accelerate.state import AcceleratorState
+
+    for name, parallel, resume in runs:
+        AcceleratorState._reset_state()
+        pretrain(recipe_of(root, processes, **parallel), root / name, resume=resume)
+    dist.destroy_process_group()
+
+
+def launch(processes, root, runs):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(work, (processes, port, root, runs), nprocs=processes)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Runs of one process and of four; one of those gone on with by two, and then by one."""
+    root = tmp_path_factory.mktemp("parallel")
+    pretrain(recipe_of(root, 1), root / "one")
+    launch(4, root, [(name, parallel, False) for name, parallel in SPLITS.items()])
+    back_to(root / "fsdp", root / "fewer", 2)
+    launch(2, root, [("fewer", {"fsdp_size": 2}, True)])
+    shutil.copytree(root / "fewer", root / "by_two")
+    back_to(root / "fewer", root / "single", 4)
+    pretrain(recipe_of(root, 1), root / "single", resume=True)
+    return root
+
+
+def back_to(run, copy, step):
+    """A copy of a run as it was when it had just saved this step."""
+    shutil.copytree(run, copy)
+    for later in copy.glob("checkpoint-*"):
+        if int(later.name.split("-")[1]) > step:
+            shutil.rmtree(later)
+    shutil.rmtree(copy / "model")
+    (copy / "report.json").unlink()
+
+
+def losses(run):
+    return [line["loss"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+def weights(run):
+    return load_saved(run / "model")[0].state_dict()
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "by_two", "single"])
+def test_equal_to_one_process(root, name):
+    assert losses(root / name) == pytest.approx(losses(root / "one"), abs=2e-5)
+    expected, found = weights(root / "one"), weights(root / name)
+    assert expected.keys() == found.keys()
+    for key, weight in expected.items():
+        torch.testing.assert_close(found[key], weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "single"])
+def test_reports_count_what_was_read(root, name):
+    one, other = (json.loads((root / run / "report.json").read_text()) for run in ("one", name))
+    assert other["tokens"] == one["tokens"] == STEPS * ROWS * 32
+    for key in ("loss", "tokens", "perplexity", "bits_per_byte"):
+        assert other["after"][key] == pytest.approx(one["after"][key], rel=1e-5)
