@@ -59,6 +59,7 @@ OPTIONS: dict[str, Range] = {
         SIZE,
     ),
     "block_size": LENGTH,
+    "step": COUNT,
     **dict.fromkeys(("recompute_interval", "turns", "seeds", "tuning_steps", "validation_blocks"), COUNT),
     **dict.fromkeys(("warm_up", "tuning_runs", "top_k"), COUNT_OR_0),
     **dict.fromkeys(("methods", "positions"), Range("names with commas between them", _names)),

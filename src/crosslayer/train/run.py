@@ -30,6 +30,7 @@ from ..provenance import describe_run
 from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .callbacks import EvaluateAtTheEnd
 from .memory import choose_recompute, training_method, training_step
+from .parallel import is_split
 from .progress import shows_bars
 from .recipe import Recipe, build_recipe, read_recipe
 from .report import RunFacts, RunReport, write_card, write_report
@@ -377,6 +378,8 @@ def _train(
         trainer.save_model(str(output_dir / MODEL_FOLDER))
         if trainer.args.should_save:
             write_report(output_dir, report)
+            if is_split(trainer.model):
+                report.model, _ = load_saved(output_dir / MODEL_FOLDER)  # whole, for what one process does with it
     except OSError as error:
         raise TrainingError(
             f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"
