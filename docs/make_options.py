@@ -37,6 +37,7 @@ from crosslayer.ranges import AT_LEAST_0, MOST_TOKENS, NAME, Range
 from crosslayer.train import parallel
 from crosslayer.train import ranges as training_ranges
 from crosslayer.train.finetune import default_training as finetuning_defaults
+from crosslayer.train.gradient_release import OptimizerConfig
 from crosslayer.train.methods import RANGES as ADAPTER_RANGES
 from crosslayer.train.methods import AdapterConfig
 from crosslayer.train.parallel import Parallel
@@ -241,6 +242,7 @@ def recipes() -> str:
             {
                 "data": (DataConfig, data_config.RANGES),
                 "parameter_groups": (ParameterGroups, None),
+                "optimizer": (OptimizerConfig, None),
                 "parallel": (Parallel, parallel.RANGES),
             },
         ),

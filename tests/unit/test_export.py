@@ -146,3 +146,11 @@ def test_a_model_that_cannot_be_split_is_refused_by_its_shape(tmp_path):
         Parallel(tensor_parallel=4).check(config, 4)
     with pytest.raises(ConfigError, match="want a multiple of 4 processes, and there are 6"):
         Parallel(tensor_parallel=2, fsdp_size=2).check(config, 6)
+
+
+def test_one_way_to_shard(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"training.fsdp=True must be null \(the section `parallel` shards a model"):
+        tiny_recipe(tmp_path, fsdp=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="asks for FSDP"):
+        pretrain(tiny_recipe(tmp_path), tmp_path / "run")

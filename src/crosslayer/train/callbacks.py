@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..errors import TrainingError
+from .gradient_release import release_gradients
 
 
 class StopWhenNotFinite(TrainerCallback):
@@ -25,6 +26,16 @@ class StopWhenNotFinite(TrainerCallback):
                 f"the loss is not finite at step {state.global_step}; {self.trainer.last_good_checkpoint()}; "
                 "lower learning_rate, or set max_grad_norm"
             )
+
+
+class ReleaseGradients(TrainerCallback):
+    """Steps within the backward (gradient_release.py), once the run's own optimizer is there."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        release_gradients(self.trainer.own_optimizer())
 
 
 class OwnIntervals(TrainerCallback):

@@ -6,6 +6,7 @@ Without it every process holds the whole model (DistributedDataParallel).
 """
 
 import copy
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,11 @@ class Parallel:
 
     def check(self, config: Any, processes: int) -> None:
         """Raises ConfigError for a model, or a number of processes, that this does not fit. Makes no weights."""
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                "accelerate's configuration asks for FSDP (use_fsdp); leave it out there and give fsdp_size, which shards "
+                "the same way and writes checkpoints that any number of processes can go on from"
+            )
         if not self.is_split:
             return
         self.distributed_config(processes)

@@ -74,6 +74,10 @@ intervals fit together are looked at when those are made (trainer.py)."""
 
 PRETRAINING = {
     "include_num_input_tokens_seen": Range("'all' (the report counts tokens)", lambda value: value in ("all", True)),
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config"),
+        Range("null (the section `parallel` shards a model: fsdp_size)", lambda value: not value),
+    ),
 }
 """The same, for pre-training alone."""
 

@@ -4,6 +4,7 @@
     model:            {hidden_size: 256, ...}      # fields of CRNetConfig
     data:             {data: python-library, ...}  # fields of DataConfig
     parameter_groups: {full_rank_lr_factor: 0.2}   # fields of ParameterGroups
+    optimizer:        {gradient_release: true}     # fields of OptimizerConfig
     parallel:         {fsdp_size: 8}               # fields of Parallel
     training:         {max_steps: 600, ...}        # fields of transformers' TrainingArguments
 
@@ -32,6 +33,7 @@ from ..data import DataConfig, TaskConfig
 from ..errors import ConfigError, nearest_hint
 from ..ranges import out_of_range
 from ..recipes import recipe_path
+from .gradient_release import OptimizerConfig
 from .methods import AdapterConfig
 from .parallel import Parallel
 from .parameter_groups import ParameterGroups
@@ -90,13 +92,16 @@ class Recipe(_AnyRecipe):
     parameter_groups: ParameterGroups = field(default_factory=ParameterGroups)
     """Factors on the learning rate."""
 
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """What the fields of TrainingArguments do not say of the optimizer."""
+
     parallel: Parallel = field(default_factory=Parallel)
     """How several processes share the model."""
 
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
-    SECTIONS = ("training", "model", "data", "parameter_groups", "parallel")
+    SECTIONS = ("training", "model", "data", "parameter_groups", "optimizer", "parallel")
     PLAIN = ("name", "description")
 
 
@@ -246,6 +251,7 @@ def _name_problem(name: str) -> list[str]:
 _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
     (Recipe, "data"): DataConfig,
     (Recipe, "parameter_groups"): ParameterGroups,
+    (Recipe, "optimizer"): OptimizerConfig,
     (Recipe, "parallel"): Parallel,
     (FinetuneRecipe, "data"): TaskConfig,
     (FinetuneRecipe, "adapter"): AdapterConfig,

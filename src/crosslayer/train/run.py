@@ -196,7 +196,7 @@ def make_plan(
         dense_parameters=sum(count_parameters(dense_counterpart(config)).values()),
         flops_per_token=training_flops_per_token(config, recipe.data.block_size),
         estimated_memory_bytes=estimate_memory(
-            config, training_step(arguments, recipe.data.block_size), training_method(config, arguments)
+            config, training_step(recipe, arguments), training_method(config, arguments)
         ),
         recompute=recompute or config.recompute,
         train_blocks=blocks,
@@ -241,13 +241,14 @@ def pretrain(
     shape = build_model_config(recipe)  # a wrong one costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
     recipe.parallel.check(shape, arguments.world_size)
+    recipe.optimizer.check(arguments)
     changes = _check_resumption(recipe, arguments, output_dir) if resume else []
 
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
         prepared = prepare_data(recipe.data)
     config = build_model_config(recipe, prepared.tokenizer)
     is_auto = recipe.model.get("recompute") == AUTO
-    recompute = choose_recompute(config, arguments, recipe.data.block_size) if is_auto else None
+    recompute = choose_recompute(config, recipe, arguments) if is_auto else None
     plan = make_plan(recipe, config, prepared, arguments, recompute)
     fingerprints = fingerprints_of(prepared) if is_main_process() else {}
     if resume and is_main_process():
@@ -284,7 +285,7 @@ def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir
     changes += changes_of_training(arguments, before, output_dir, (rows_per_step(recipe, arguments), begun_with))
     return changes + [
         change
-        for section in ("parameter_groups", "parallel")
+        for section in ("parameter_groups", "optimizer", "parallel")
         for change in changes_of_section(now[section], earlier[section])
     ]
 
@@ -328,6 +329,7 @@ def _make_trainer(
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
         parameter_groups=recipe.parameter_groups,
+        gradient_release=recipe.optimizer.gradient_release,
         block_size=recipe.data.block_size,
         validation_bytes=prepared.statistics.validation.bytes,
         write_card=lambda folder: write_card(folder, config, facts),

@@ -20,7 +20,7 @@ from ..crnet import CRNetConfig
 from ..errors import TrainingError
 from ..evaluate import measure_perplexity
 from ..private import prepare_anew, set_last_rates
-from .callbacks import OwnIntervals, StopWhenNotFinite
+from .callbacks import OwnIntervals, ReleaseGradients, StopWhenNotFinite
 from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_manifest
 from .losses import NextTokenLoss, without_repeats
 from .parallel import groups_by_mesh, is_split, local, reshard, whole
@@ -147,7 +147,7 @@ class SafeTrainer(Trainer):
             if self.shards is None or self.args.save_only_model:
                 finish()
             else:
-                self.shards.start(folder, self.model, self._own_optimizer(), finish)
+                self.shards.start(folder, self.model, self.own_optimizer(), finish)
         except OSError as error:
             raise self._not_written(step, error) from error
 
@@ -165,7 +165,7 @@ class SafeTrainer(Trainer):
         elif self.args.should_save:
             torch.save(cast(LambdaLR, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def _own_optimizer(self) -> torch.optim.Optimizer:
+    def own_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer without what accelerate puts around it."""
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
@@ -205,7 +205,7 @@ class SafeTrainer(Trainer):
         asked = [{name: group[name] for name in _OF_GROUPS if name in group} for group in optimizer.param_groups]
         rates = list(getattr(schedule, "base_lrs", []))
         if has_shards(Path(checkpoint)):
-            load_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), self._own_optimizer())
+            load_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), self.own_optimizer())
             cast(LambdaLR, schedule).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -244,6 +244,7 @@ class PretrainTrainer(SafeTrainer):
         *args,
         parameter_groups: ParameterGroups,
         block_size: int,
+        gradient_release: bool = False,
         validation_bytes: int | None = None,
         write_card: Callable[[Path], None] | None = None,
         health_file: Path | None = None,
@@ -259,10 +260,15 @@ class PretrainTrainer(SafeTrainer):
         self.last_evaluation: dict[str, Any] | None = None
         self.throughput = _Throughput(block_size)
         self.add_callback(self.throughput)
+        if gradient_release:
+            self.add_callback(ReleaseGradients(self))
         self.health = None
         if health_file is not None and cross_layer_linears(self.model):
             self.health = _Health(
-                HealthLog(health_file), self.accelerator.unwrap_model, self.compute_loss_context_manager
+                HealthLog(health_file),
+                self.accelerator.unwrap_model,
+                self.compute_loss_context_manager,
+                gradient_release,
             )
             self.add_callback(self.health)
 
@@ -408,8 +414,9 @@ class _Health(TrainerCallback):
     Gradients are read before the optimizer takes them, that is after clipping.
     """
 
-    def __init__(self, log: HealthLog, unwrap: Callable, autocast: Callable) -> None:
+    def __init__(self, log: HealthLog, unwrap: Callable, autocast: Callable, released: bool) -> None:
         self.log = log
+        self.released = released  # gradients are gone by then
         self.unwrap = unwrap
         self.autocast = autocast
         self.inputs: dict[str, torch.Tensor] = {}
@@ -422,6 +429,8 @@ class _Health(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         if _will_log(args, state):
             self.gradients = gradient_norms(model)
+            if self.released:
+                self.gradients = {name: [None] * len(norms) for name, norms in self.gradients.items()}
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if not self.gradients:
