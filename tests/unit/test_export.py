@@ -149,7 +149,7 @@ def test_a_model_that_cannot_be_split_is_refused_by_its_shape(tmp_path):
 
 
 def test_one_way_to_shard(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"training.fsdp='full_shard' must be null \(the section `parallel` shards a model"):
+    with pytest.raises(ConfigError, match=r"training.fsdp='full_shard' must be null \(the section `parallel`"):
         tiny_recipe(tmp_path, fsdp="full_shard")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="asks for FSDP"):

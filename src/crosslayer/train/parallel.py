@@ -67,8 +67,8 @@ class Parallel:
         """Raises ConfigError for a model, or a number of processes, that this does not fit. Makes no weights."""
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes"):
             raise ConfigError(
-                "accelerate's configuration asks for FSDP; leave it out there and give fsdp_size, which shards the same "
-                "way and writes checkpoints that any number of processes can go on from"
+                "accelerate's configuration asks for FSDP; leave it out there and give fsdp_size, which shards the "
+                "same way and writes checkpoints that any number of processes can go on from"
             )
         if not self.is_split:
             return
