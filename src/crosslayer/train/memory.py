@@ -30,12 +30,13 @@ _OPTIMIZERS = {
 
 
 def training_step(recipe: "Recipe", arguments: "TrainingArguments") -> Step:
-    """One micro-batch on one device, as the Trainer runs our models (fused loss; float32 weights under autocast)."""
+    """One micro-batch on one device, as the Trainer runs our models (fused loss; weights of the model's dtype)."""
     half = arguments.bf16 or arguments.fp16
+    weights = getattr(torch, recipe.model.get("dtype") or "float32").itemsize
     return Step(
         sequence=recipe.data.block_size,
         micro_batch=arguments.train_batch_size,
-        precision=Precision(products=2 if half else 4),
+        precision=Precision(weights=weights, gradients=weights, states=weights, products=2 if half else weights),
         sharding=Sharding(data=arguments.world_size, fsdp=bool(arguments.fsdp)),
         fused_norms=arguments.device.type == "cuda",
         fused_optimizer="fused" in str(getattr(arguments.optim, "value", arguments.optim)),
