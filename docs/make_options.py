@@ -246,7 +246,14 @@ def recipes() -> str:
                 "parallel": (Parallel, parallel.RANGES),
             },
         ),
-        (FinetuneRecipe, {"data": (TaskConfig, data_tasks.RANGES), "adapter": (AdapterConfig, ADAPTER_RANGES)}),
+        (
+            FinetuneRecipe,
+            {
+                "data": (TaskConfig, data_tasks.RANGES),
+                "adapter": (AdapterConfig, ADAPTER_RANGES),
+                "parallel": (Parallel, parallel.RANGES),
+            },
+        ),
     ):
         if kind is FinetuneRecipe:
             parts.append("## Recipes to fine-tune\n")

@@ -26,6 +26,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 
 from ..data.fit import check_ids, input_length
 from ..data.tasks import Task, load_task, tokenize
@@ -110,10 +111,13 @@ def finetune(
     arguments = build_arguments(recipe, task, output_dir)
     if resume:
         changes += changes_of_training(arguments, build_arguments(earlier, task, output_dir), output_dir)
+    is_frozen = recipe.adapter.is_peft and task.kind == "instruction"  # others train a head, or everything
+    mesh = recipe.parallel.check_frozen(arguments.world_size, is_frozen=is_frozen)
     set_seed(arguments.seed)
-    model, tokenizer = load_base(recipe.model, task, recipe.adapter)
+    model, tokenizer = load_base(recipe.model, task, recipe.adapter, mesh)
     max_length = input_length(recipe.data.max_length, model)
-    fingerprints = _fingerprints_of(task, model, tokenizer) if is_main_process() else {}
+    # Of a model that processes share, all of them have a part.
+    fingerprints = _fingerprints_of(task, model, tokenizer) if mesh is not None or is_main_process() else {}
     if resume and is_main_process():
         check_fingerprints(fingerprints, output_dir)
     attached = attach(model, recipe.adapter, task.kind)
@@ -232,12 +236,16 @@ def train_once(recipe: FinetuneRecipe, callbacks: Sequence[TrainerCallback] = ()
 # ---------------------------------------------------------------------------------------------------- building
 
 
-def load_base(name: str, task: Task, adapter: AdapterConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pre-trained model, with a new head where the task needs one, and its tokenizer.
+def load_base(
+    name: str, task: Task, adapter: AdapterConfig, mesh: DistributedConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pre-trained model, with a new head where the task needs one, and its tokenizer; of a mesh, our part of it.
 
     Weights keep their dtype when they stay frozen and are float32 when they train. Raises CheckpointError.
     """
     settings: dict[str, Any] = {"dtype": "auto" if adapter.is_peft else torch.float32}
+    if mesh is not None:
+        settings["distributed_config"] = mesh
     auto_class = "AutoModelForCausalLM"
     if task.kind != "instruction":
         auto_class = "AutoModelForSequenceClassification"

@@ -59,17 +59,32 @@ class Parallel:
             )
         return DistributedConfig(tp_size=self.tensor_parallel, fsdp_size=shards, dp_replicate_size=processes // group)
 
+    def check_frozen(self, processes: int, *, is_frozen: bool) -> "DistributedConfig | None":
+        """The mesh for a frozen model under an adapter that every process holds; None where each holds the model too.
+
+        Raises ConfigError for what would need the trained weights in parts.
+        """
+        self._check_launcher()
+        if not self.is_split:
+            return None
+        if self.tensor_parallel > 1:
+            raise ConfigError(
+                f"tensor_parallel={self.tensor_parallel} would hand adapters a part of what they adapt; give fsdp_size"
+            )
+        if not is_frozen:
+            raise ConfigError(
+                f"fsdp_size={self.fsdp_size} shards a model that is frozen whole: instructions with an adapter (lor2c, "
+                "lora). A head or a model that trains would be in parts; set fsdp_size=1"
+            )
+        return self.distributed_config(processes)
+
     def readers(self, processes: int) -> int:
         """How many of the processes read rows of their own."""
         return processes // self.tensor_parallel
 
     def check(self, config: Any, processes: int) -> None:
         """Raises ConfigError for a model, or a number of processes, that this does not fit. Makes no weights."""
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                "accelerate's configuration asks for FSDP; leave it out there and give fsdp_size, which shards the "
-                "same way and writes checkpoints that any number of processes can go on from"
-            )
+        self._check_launcher()
         if not self.is_split:
             return
         self.distributed_config(processes)
@@ -84,6 +99,14 @@ class Parallel:
                 check_block(block, self.tensor_parallel)
         except ValueError as error:
             raise ConfigError(f"parallel: {error}") from None
+
+    @staticmethod
+    def _check_launcher() -> None:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                "accelerate's configuration asks for FSDP; leave it out there and give fsdp_size, which shards the "
+                "same way and writes checkpoints that any number of processes can go on from"
+            )
 
     def split(self, model: "PreTrainedModel", processes: int, device: torch.device) -> "PreTrainedModel":
         """The model with this process's part of its weights alone; the same model where nothing is to be split.

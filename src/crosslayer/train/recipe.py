@@ -124,10 +124,13 @@ class FinetuneRecipe(_AnyRecipe):
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """The method, and what it trains."""
 
+    parallel: Parallel = field(default_factory=Parallel)
+    """How several processes share the frozen model."""
+
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
-    SECTIONS = ("training", "adapter", "data")
+    SECTIONS = ("training", "adapter", "data", "parallel")
     SPELLINGS = {"rank": "r"}  # torchrun takes --r for one of its own
     PLAIN = ("name", "description", "model")
 
@@ -253,6 +256,7 @@ _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
     (Recipe, "parameter_groups"): ParameterGroups,
     (Recipe, "optimizer"): OptimizerConfig,
     (Recipe, "parallel"): Parallel,
+    (FinetuneRecipe, "parallel"): Parallel,
     (FinetuneRecipe, "data"): TaskConfig,
     (FinetuneRecipe, "adapter"): AdapterConfig,
 }

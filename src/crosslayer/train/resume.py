@@ -249,9 +249,11 @@ def fingerprint_of_weights(weights: Mapping[str, "torch.Tensor"]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors."""
     import torch
 
+    from .parallel import whole
+
     digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
+        tensor = whole(weights[name].detach()).cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

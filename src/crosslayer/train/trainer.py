@@ -63,7 +63,8 @@ class SafeTrainer(Trainer):
     def __init__(self, *args, **kwargs) -> None:
         with _unrefused(kwargs["args"], kwargs.get("model")):
             super().__init__(*args, **kwargs)
-        self.shards = ShardWriter() if is_split(self.model) else None
+        is_adapted = hasattr(self.model, "peft_config")  # whole in every process, and all that is saved
+        self.shards = ShardWriter() if is_split(self.model) and not is_adapted else None
         self.losses_are_finite: torch.Tensor | bool = True
         self._most_checkpoints: int | None = self.args.save_total_limit
         self.add_callback(StopWhenNotFinite(self))
