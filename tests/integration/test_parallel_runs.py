@@ -12,7 +12,8 @@ from torch import multiprocessing
 
 from crosslayer.loading import load_saved
 from crosslayer.train import build_recipe
-from crosslayer.train.run import pretrain
+from crosslayer.train.parallel import local
+from crosslayer.train.run import build_model, build_model_config, pretrain
 from tiny_run import tiny_content
 
 pytestmark = pytest.mark.slow
@@ -49,8 +50,31 @@ def work(rank, processes, port, root, runs):
 
     for name, parallel, resume in runs:
         AcceleratorState._reset_state()
-        pretrain(recipe_of(root, processes, **parallel), root / name, resume=resume)
+        recipe = recipe_of(root, processes, **parallel)
+        pretrain(recipe, root / name, resume=resume)
+        write_held(root / f"{name}.{rank}.json", recipe, processes)
     dist.destroy_process_group()
+
+
+def write_held(path, recipe, processes):
+    """Numbers of weights that this process holds, and of the optimizer's states after a step."""
+    config = build_model_config(recipe, load_saved(path.parent / "one" / "model")[1])
+    model = recipe.parallel.split(build_model(config, 0), processes, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    ids = torch.ones(2, 8, dtype=torch.long)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    held = {"weights": count(model.parameters()), "states": count(states), "gradients": count_gradients(model)}
+    path.write_text(json.dumps(held))
+
+
+def count(tensors):
+    return sum(local(tensor).numel() for tensor in tensors)
+
+
+def count_gradients(model):
+    return count(p.grad for p in model.parameters() if p.grad is not None)
 
 
 def launch(processes, root, runs):
@@ -99,6 +123,18 @@ def test_equal_to_one_process(root, name):
     assert expected.keys() == found.keys()
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_tp", "all"])
+def test_a_process_holds_its_part(root, name):
+    """A quarter of what FSDP2 shards over four, and little more: parts are rows, of which a beta has one."""
+    whole = sum(parameter.numel() for parameter in load_saved(root / "one" / "model")[0].parameters())
+    held = [json.loads((root / f"{name}.{rank}.json").read_text()) for rank in range(4)]
+    assert sum(each["weights"] for each in held) >= whole  # nothing is lost
+    for each in held:
+        assert each["gradients"] == each["weights"]
+        assert each["states"] == 2 * each["weights"]
+        assert each["weights"] < (0.27 if name == "fsdp" else 0.4) * whole  # A of q, B of o and the like: in half each
 
 
 @pytest.mark.parametrize("name", [*SPLITS, "single"])

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -381,7 +381,8 @@ def _train(
         if trainer.args.should_save:
             write_report(output_dir, report)
             if is_split(trainer.model):
-                report.model, _ = load_saved(output_dir / MODEL_FOLDER)  # whole, for what one process does with it
+                whole, _ = load_saved(output_dir / MODEL_FOLDER)  # for what one process does with it
+                return replace(report, model=whole)
     except OSError as error:
         raise TrainingError(
             f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"
