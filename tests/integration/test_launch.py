@@ -66,10 +66,10 @@ def test_trackers(tmp_path, monkeypatch, tracker):
         ("classification", "lor2c", []),
         ("regression", "lor2c", []),
         ("instruction", "lor2c", []),
-        ("instruction", "imlor2c", ["--fsdp_size", "-1"]),
+        ("instruction", "lor2c", ["--fsdp_size", "-1"]),
         ("instruction", "sharelor2c", ["--fsdp_size", "2"]),
     ],
-    ids=["classification", "regression", "instruction", "sharded_im", "sharded_share"],
+    ids=["classification", "regression", "instruction", "sharded", "sharded_share"],
 )
 def test_two_processes_fine_tune_as_one_does(tmp_path, kind, method, options):
     """22 rows: in the last step accelerate gives the second process rows that it repeats, which must not count."""
@@ -83,8 +83,6 @@ def test_two_processes_fine_tune_as_one_does(tmp_path, kind, method, options):
     training = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "logging_steps": 1}
     content = tiny_finetune.tiny_content(tmp_path, model, data, task=kind, **training)
     content["adapter"] |= {"method": method, "dropout": 0.0}
-    if method == "imlor2c":
-        content["adapter"] |= {"interval": 1, "interval_unit": "steps", "max_fuses": 1, "max_injections": 1}
     content["data"] |= {"max_length": 96, "cache_dir": str(tmp_path / "cache")}
     if kind == "regression":
         content["data"]["label_column"] = "score"

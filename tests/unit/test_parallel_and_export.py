@@ -157,15 +157,15 @@ def test_one_way_to_shard(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "is_frozen", "message"),
+    ("parallel", "is_fixed", "message"),
     [
         ({"fsdp_size": 2}, False, "fsdp_size=2 shards a model that is frozen whole"),
         ({"tensor_parallel": 2}, True, "tensor_parallel=2 would hand adapters a part"),
         ({"fsdp_size": 3}, True, "want a multiple of 3 processes, and there are 4"),
     ],
 )
-def test_frozen_models(parallel, is_frozen, message):
-    assert Parallel().check_frozen(4, is_frozen=False) is None
-    assert Parallel(fsdp_size=2).check_frozen(4, is_frozen=True).dp_replicate_size == 2
+def test_frozen_models(parallel, is_fixed, message):
+    assert Parallel().check_frozen(4, is_fixed=False) is None
+    assert Parallel(fsdp_size=2).check_frozen(4, is_fixed=True).dp_replicate_size == 2
     with pytest.raises(ConfigError, match=message):
-        Parallel(**parallel).check_frozen(4, is_frozen=is_frozen)
+        Parallel(**parallel).check_frozen(4, is_fixed=is_fixed)

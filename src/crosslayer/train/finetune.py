@@ -36,7 +36,7 @@ from ..loading import ADAPTER_FOLDER, MODEL_FOLDER, load_pretrained
 from ..provenance import describe_run
 from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .finetune_report import FinetuneReport, write_finetune_report
-from .methods import AdapterConfig, Attached, attach, count_trained, head_parameters
+from .methods import CHANGING, AdapterConfig, Attached, attach, count_trained, head_parameters
 from .progress import shows_bars
 from .recipe import FinetuneRecipe, build_finetune_recipe, read_recipe
 from .resume import (
@@ -111,8 +111,9 @@ def finetune(
     arguments = build_arguments(recipe, task, output_dir)
     if resume:
         changes += changes_of_training(arguments, build_arguments(earlier, task, output_dir), output_dir)
-    is_frozen = recipe.adapter.is_peft and task.kind == "instruction"  # others train a head, or everything
-    mesh = recipe.parallel.check_frozen(arguments.world_size, is_frozen=is_frozen)
+    # Others train a head, or everything, or other parameters at the end than at the start.
+    is_fixed = task.kind == "instruction" and recipe.adapter.is_peft and recipe.adapter.method not in CHANGING
+    mesh = recipe.parallel.check_frozen(arguments.world_size, is_fixed=is_fixed)
     set_seed(arguments.seed)
     model, tokenizer = load_base(recipe.model, task, recipe.adapter, mesh)
     max_length = input_length(recipe.data.max_length, model)
