@@ -1,6 +1,7 @@
 """The `crosslayer` command: its verbs, and what it does with errors.
 
-Exit code 0 on success, 2 for wrong input, 1 for a failure while running; errors are one line on standard error.
+Exit code 0 on success, 2 for wrong input, 1 for a failure while running, 75 for a run that was asked to stop and saved
+a checkpoint; errors are one line on standard error.
 CROSSLAYER_DEBUG=1 shows the traceback of an error.
 """
 
@@ -11,12 +12,13 @@ from typing import Annotated
 
 import typer
 
-from ..errors import CrossLayerError, RunInterruptedError, TrainingError
+from ..errors import CrossLayerError, RunInterruptedError, RunStoppedError, TrainingError
 from . import analyze, bench, compare, evaluate, finetune, generate, interrupt, plan, pretrain, recipes
 from .common import help_without_arguments
 from .ranges import checked
 
 NAME = "crosslayer"
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 app = typer.Typer(name=NAME, rich_markup_mode=None, pretty_exceptions_enable=False)
 # What the parser raises for wrong options and verbs; typer exports it only as the base of this one.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
@@ -64,6 +66,8 @@ def run() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except USAGE_ERROR as error:
         fail(error.format_message(), 2, error)  # type: ignore[attr-defined]
+    except RunStoppedError as error:
+        interrupt.end(str(error), STOPPED)
     except RunInterruptedError as error:
         interrupt.end(str(error))
     except CrossLayerError as error:

@@ -44,15 +44,23 @@ def write_manifest(folder: Path, *, processes: int, weights_only: bool) -> None:
     write_json(folder / MANIFEST, {**content, "sha256": _sha256_of(content)})
 
 
-def checkpoint_to_resume(output_dir: Path, processes: int) -> Path | None:
-    """The newest checkpoint that is whole; None when none was finished yet. Says which ones it passes over, and why.
+def checkpoint_to_resume(output_dir: Path, processes: int, step: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole, or that of `step`; None when none was finished yet. Says which ones it
+    passes over, and why.
 
     Raises CheckpointError when there are checkpoints and none of them is whole, ConfigError when it was written by
-    another number of processes.
+    another number of processes, and where there is none of `step`.
     """
-    damaged = []
-    for folder in reversed(checkpoints(output_dir)):
+    damaged, found = [], checkpoints(output_dir)
+    if step is not None:
+        steps = ", ".join(str(step_of(folder)) for folder in found) or "none"
+        found = [folder for folder in found if step_of(folder) == step]
+        if not found:
+            raise ConfigError(f"{output_dir} has no checkpoint-{step}; there are: {steps}")
+    for folder in reversed(found):
         if not (folder / MANIFEST).is_file() and read_json(folder / STATE) is None:
+            if step is not None:
+                raise CheckpointError(f"{folder} was not written to its end; choose another")
             _log.warning("%s was not written to its end; it is passed over", folder)
             continue
         problem = damage(folder)

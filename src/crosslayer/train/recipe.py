@@ -5,6 +5,7 @@
     data:             {data: python-library, ...}  # fields of DataConfig
     parameter_groups: {full_rank_lr_factor: 0.2}   # fields of ParameterGroups
     training:         {max_steps: 600, ...}        # fields of transformers' TrainingArguments
+    monitor:          {on_nonfinite: skip, ...}    # fields of Monitor
 
 and to fine-tune:
 
@@ -12,6 +13,7 @@ and to fine-tune:
     data:             {task: sst2, ...}            # fields of TaskConfig
     adapter:          {method: lor2c, r: 8, ...}   # fields of AdapterConfig
     training:         {num_train_epochs: 3, ...}
+    monitor:          {max_hours: 12, ...}         # fields of Monitor
 
 Any field can be overridden by its own name (`--learning_rate 1e-3`) or, where two sections know it, with the section
 before it (`--data.seed 3`).
@@ -32,6 +34,7 @@ from ..errors import ConfigError, nearest_hint
 from ..ranges import out_of_range
 from ..recipes import recipe_path
 from .methods import AdapterConfig
+from .monitor import Monitor
 from .parameter_groups import ParameterGroups
 from .ranges import MODEL, PRETRAINING, TRAINING, warmup_problem
 from .values import convert, describe, load_yaml, plain
@@ -91,7 +94,10 @@ class Recipe(_AnyRecipe):
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
-    SECTIONS = ("training", "model", "data", "parameter_groups")
+    monitor: Monitor = field(default_factory=Monitor)
+    """What it does about numbers that go wrong, and about its time."""
+
+    SECTIONS = ("training", "model", "data", "parameter_groups", "monitor")
     PLAIN = ("name", "description")
 
 
@@ -117,7 +123,10 @@ class FinetuneRecipe(_AnyRecipe):
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
-    SECTIONS = ("training", "adapter", "data")
+    monitor: Monitor = field(default_factory=Monitor)
+    """What it does about numbers that go wrong, and about its time."""
+
+    SECTIONS = ("training", "adapter", "data", "monitor")
     SPELLINGS = {"rank": "r"}  # torchrun takes --r for one of its own
     PLAIN = ("name", "description", "model")
 
@@ -241,8 +250,10 @@ def _name_problem(name: str) -> list[str]:
 _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
     (Recipe, "data"): DataConfig,
     (Recipe, "parameter_groups"): ParameterGroups,
+    (Recipe, "monitor"): Monitor,
     (FinetuneRecipe, "data"): TaskConfig,
     (FinetuneRecipe, "adapter"): AdapterConfig,
+    (FinetuneRecipe, "monitor"): Monitor,
 }
 """Sections that are dataclasses of ours; the others stay mappings."""
 
