@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from ..errors import ConfigError, TrainingError
 from ..ranges import ABOVE_0, COUNT, one_of, out_of_range, whole
+from .run_folder import is_main_process
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ class StepMonitor(TrainerCallback):
             return True
         self._losses.append(loss)
         for name, value, score in (("loss", loss, self.loss), ("gradient norm", norm, self.gradient_norm)):
-            if math.isfinite(value) and score.add(step, value):  # fp16 overflows are the scaler's business
+            # A norm that is not finite is here with fp16 alone, whose scaler has seen it.
+            if math.isfinite(value) and score.add(step, value) and is_main_process():
                 _log.warning("step %d: the %s, %.4g, is a spike", step, name, value)
         return False
 
@@ -106,10 +108,11 @@ class StepMonitor(TrainerCallback):
         recent = sum(skipped > step - LIMIT_STEPS for skipped in self.skipped)
         if recent >= self.settings.nonfinite_limit:
             raise TrainingError(
-                f"the {wrong} is not finite at step {step}, the {recent}th such step within {LIMIT_STEPS} "
+                f"the {wrong} is not finite at step {step}, one of {recent} within {LIMIT_STEPS} "
                 f"(nonfinite_limit={self.settings.nonfinite_limit}); {self.last_good_checkpoint()}; lower learning_rate"
             )
-        _log.warning("step %d is left out: its %s is not finite", step, wrong)
+        if is_main_process():
+            _log.warning("step %d is left out: its %s is not finite", step, wrong)
 
     def metrics(self) -> dict[str, float]:
         """For the log: the mean loss since the last one, and the scores."""
