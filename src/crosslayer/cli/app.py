@@ -63,10 +63,12 @@ def run() -> None:
         code = app(standalone_mode=False, prog_name=NAME)
         if interrupt.was_interrupted():  # typer makes an exit code of it
             interrupt.end()
+        leave_process_group()
         sys.exit(code if isinstance(code, int) else 0)
     except USAGE_ERROR as error:
         fail(error.format_message(), 2, error)  # type: ignore[attr-defined]
     except RunStoppedError as error:
+        leave_process_group()
         interrupt.end(str(error), STOPPED)
     except RunInterruptedError as error:
         interrupt.end(str(error))
@@ -76,6 +78,13 @@ def run() -> None:
         interrupt.end()
     except Exception as error:
         fail(f"{type(error).__name__}: {error} (CROSSLAYER_DEBUG=1 shows where)", 1, error)
+
+
+def leave_process_group() -> None:
+    """Of a launch: gloo's threads would abort a process that ends with them."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def fail(message: str, code: int, error: BaseException | None = None) -> None:

@@ -58,7 +58,7 @@ def checkpoint_to_resume(output_dir: Path, processes: int, step: int | None = No
         if not found:
             raise ConfigError(f"{output_dir} has no checkpoint-{step}; there are: {steps}")
     for folder in reversed(found):
-        if not (folder / MANIFEST).is_file() and read_json(folder / STATE) is None:
+        if _is_unfinished(folder, processes):
             if step is not None:
                 raise CheckpointError(f"{folder} was not written to its end; choose another")
             _log.warning("%s was not written to its end; it is passed over", folder)
@@ -77,6 +77,15 @@ def checkpoint_to_resume(output_dir: Path, processes: int, step: int | None = No
             "or start again with --overwrite or another --output_dir"
         )
     return None
+
+
+def _is_unfinished(folder: Path, processes: int) -> bool:
+    """Whether a run was killed while it wrote this one; the manifest alone may be missing (`damage`)."""
+    if (folder / MANIFEST).is_file():
+        return False
+    states = len(list(folder.glob("rng_state_*")))
+    has_others = any((other / MANIFEST).is_file() for other in checkpoints(folder.parent))
+    return read_json(folder / STATE) is None or (has_others and 0 < states != processes)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:

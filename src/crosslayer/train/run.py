@@ -347,8 +347,11 @@ def _train(trainer: PretrainTrainer, facts: RunFacts, output_dir: Path, checkpoi
     trainer.last_evaluation = None
     trainer.add_callback(EvaluateAtTheEnd())
     trainer.run(checkpoint)
-    # Resumed after its last step, or other weights now than at the last evaluation.
-    if trainer.last_evaluation is None or trainer.args.load_best_model_at_end:
+    step, history = trainer.state.global_step, trainer.state.log_history
+    if trainer.last_evaluation is None:  # resumed after its last step, whose evaluation is in the history already
+        history[:] = [line for line in history if line["step"] < step or "eval_loss" not in line]
+        trainer.evaluate()
+    elif trainer.args.load_best_model_at_end:  # other weights now than at the last evaluation
         trainer.evaluate()
     assert trainer.last_evaluation is not None
     throughput, config = trainer.throughput, trainer.accelerator.unwrap_model(trainer.model).config
