@@ -5,7 +5,8 @@
 A run is started, killed (SIGKILL, all of its processes at once) at a random moment of a kind, started again with
 --resume, and so on, till it has been killed in every kind of moment and ends. Runs of one and of two processes take
 turns. Looked at after each kill: the newest whole checkpoint is none that is older than before, and no more than
-`save_steps` steps have to be taken again. At the end: losses and weights are those of the run that was left alone, bit for bit.
+`save_steps` steps have to be taken again. At the end: losses and weights are those of the run that was left alone, bit
+for bit.
 """
 
 import argparse
@@ -129,8 +130,9 @@ def _finished(folder: Path) -> set[str]:
     return {checkpoint.name for checkpoint in checkpoints(folder) if (checkpoint / MANIFEST).is_file()}
 
 
-def kill_in(run: Run, moment: str, rng: random.Random) -> dict[str, Any]:
-    """Start the run, kill it in a moment; what it left. Raises RuntimeError where it has lost something."""
+def kill_in(run: Run, moment: str, rng: random.Random) -> dict[str, Any] | None:
+    """Start the run, kill it in a moment; what it left, None where it had just ended. Raises RuntimeError where it has
+    lost something."""
     has_begun, delay = MOMENTS[moment]
     before = _finished(run.folder)
     run.start()
@@ -140,7 +142,7 @@ def kill_in(run: Run, moment: str, rng: random.Random) -> dict[str, Any]:
         time.sleep(0.002)
     time.sleep(rng.random() * delay)
     if run.has_ended():
-        return {"moment": moment, "processes": run.world, "ended_before": True}
+        return None
     run.kill()
     # What is not whole was being written, or being removed since newer ones are.
     whole = [f for f in checkpoints(run.folder) if (f / MANIFEST).is_file() and damage(f) is None]
@@ -200,8 +202,9 @@ def measure(kills: int, root: Path, seed: int, processes: list[int]) -> dict[str
         run = Run(recipe, root / "kills" / f"run_{len(runs)}", world)
         shutil.rmtree(recipe.parent / "cache")
         for moment in list(MOMENTS)[: kills - len(done)]:
-            done.append(kill_in(run, moment, rng))
-            print(f"{len(done)}/{kills}: {done[-1]}", flush=True)
+            kill = kill_in(run, moment, rng)
+            done += [kill] if kill is not None else []
+            print(f"{len(done)}/{kills}: {kill}", flush=True)
         if not (run.folder / "report.json").is_file():
             run.start()
             run.wait()
@@ -216,8 +219,8 @@ def measure(kills: int, root: Path, seed: int, processes: list[int]) -> dict[str
     return {
         "kills": len(done),
         "kinds": kinds,
-        "left_some_not_whole": sum(bool(kill.get("not_whole")) for kill in done),
-        "most_steps_again": max(kill.get("steps_again", 0) for kill in done),
+        "left_some_not_whole": sum(bool(kill["not_whole"]) for kill in done),
+        "most_steps_again": max(kill["steps_again"] for kill in done),
         "save_steps": SAVE_STEPS,
         "runs": runs,
         "each": done,
