@@ -40,6 +40,8 @@ from crosslayer.train.finetune import default_training as finetuning_defaults
 from crosslayer.train.gradient_release import OptimizerConfig
 from crosslayer.train.methods import RANGES as ADAPTER_RANGES
 from crosslayer.train.methods import AdapterConfig
+from crosslayer.train.monitor import RANGES as MONITOR_RANGES
+from crosslayer.train.monitor import Monitor
 from crosslayer.train.parallel import Parallel
 from crosslayer.train.parameter_groups import ParameterGroups
 from crosslayer.train.recipe import RESERVED_TRAINING_FIELDS, FinetuneRecipe, Recipe, build_recipe
@@ -53,8 +55,8 @@ INTRODUCTION = """\
 <!-- Written by docs/make_options.py from docstrings, ranges and help texts: change those, then run it. -->
 
 Every field of [recipes to pre-train](#recipes-to-pre-train) and [to fine-tune](#recipes-to-fine-tune), of
-[`training`](#training), of [models](#configurations-of-models) and of [LoR2C](#lor2cconfig); every option of the
-[verbs](#verbs).
+[`monitor`](#monitor), of [`training`](#training), of [models](#configurations-of-models) and of [LoR2C](#lor2cconfig);
+every option of the [verbs](#verbs).
 
 **How a field is written.** In a recipe as `field: value` below its section. As an option of `pretrain` and `compare`
 (recipes to pre-train) or of `finetune` (recipes to fine-tune) as `--field value`, with `_` or `-`; where two sections
@@ -266,6 +268,12 @@ def recipes() -> str:
     return "\n".join(parts)
 
 
+def monitor() -> str:
+    """The section that both kinds of recipe have."""
+    rows = rows_of(Monitor, attribute_docs(Monitor), MONITOR_RANGES)
+    return "\n".join(["## `monitor`\n", f"{first_sentence(one_line(Monitor.__doc__ or ''))}\n", table(rows)])
+
+
 def training() -> str:
     """transformers' TrainingArguments: what is different here."""
     theirs = {field.name: default_of(field) for field in dataclasses.fields(TrainingArguments)}
@@ -456,7 +464,7 @@ def option_row(where: str, parameter: inspect.Parameter) -> Row:
 
 def page() -> str:
     """The whole page. Raises LookupError for a field without a docstring or an option without a help text."""
-    parts = (recipes(), training(), configurations(), adapters(), verbs())
+    parts = (recipes(), monitor(), training(), configurations(), adapters(), verbs())
     return INTRODUCTION + "\n".join(parts)
 
 

@@ -19,6 +19,8 @@ OVERRIDDEN = {
         "_run_epoch",
         "_track_num_input_tokens",
         "_get_num_items_in_batch",
+        "_get_grad_norm",
+        "_get_train_sampler",
     ),
     "transformers:PreTrainedModel": ("_init_weights", "_initialize_weights", "_set_gradient_checkpointing"),
     "peft.tuners.tuners_utils:BaseTuner": (

@@ -77,6 +77,16 @@ def test_damage_is_noticed(interrupted, name, harm, caplog):
     assert "going on from" in caplog.text
 
 
+def test_a_checkpoint_without_the_random_state_of_a_process(interrupted, caplog):
+    """Killed while the second process of two was writing its own: the checkpoint before it is looked at."""
+    folder = interrupted / "checkpoint-8"
+    (folder / MANIFEST).unlink()
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    with pytest.raises(ConfigError, match=r"checkpoint-4 was written by 1 processes"):
+        checkpoint_to_resume(interrupted, 2)
+    assert "checkpoint-8 was not written to its end; it is passed over" in caplog.text
+
+
 @pytest.mark.parametrize("harm", [cut, empty, remove])
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
 def test_damage_is_noticed_without_hashes(interrupted, name, harm):

@@ -8,6 +8,7 @@ the run's folder.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,6 +105,17 @@ def increment_ratios(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Table
     return _table(linears, lambda module: _whole(ratios[module]))
 
 
+def largest_increment(ratios: Table) -> tuple[float, str] | None:
+    """(largest ratio, "layers.7.down") of what `increment_ratios` gave; where one is not a number, that one."""
+    found = [
+        (value, f"layers.{layer_idx}.{position}")
+        for position, row in ratios.items()
+        for layer_idx, value in enumerate(row, 1)
+        if value is not None
+    ]
+    return max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0], default=None)
+
+
 class HealthLog:
     """health.jsonl of a run: appended to while it trains, cut back to where a resumed run starts."""
 
@@ -173,5 +185,6 @@ __all__ = [
     "cross_layer_linears",
     "gradient_norms",
     "increment_ratios",
+    "largest_increment",
     "read_health",
 ]

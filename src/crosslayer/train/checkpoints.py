@@ -45,18 +45,26 @@ def write_manifest(folder: Path, *, processes: int, weights_only: bool) -> None:
     write_json(folder / MANIFEST, {**content, "sha256": _sha256_of(content)})
 
 
-def checkpoint_to_resume(output_dir: Path, processes: int | None) -> Path | None:
-    """The newest checkpoint that is whole; None when none was finished yet. Says which ones it passes over, and why.
+def checkpoint_to_resume(output_dir: Path, processes: int | None, step: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole, or that of `step`; None when none was finished yet. Says which ones it
+    passes over, and why.
 
     Args:
         processes: how many have to have written it; None for any number.
 
     Raises CheckpointError when there are checkpoints and none of them is whole, ConfigError when it was written by
-    another number of processes.
+    another number of processes, and where there is none of `step`.
     """
-    damaged = []
-    for folder in reversed(checkpoints(output_dir)):
-        if _is_begun(folder):
+    damaged, found = [], checkpoints(output_dir)
+    if step is not None:
+        steps = ", ".join(str(step_of(folder)) for folder in found) or "none"
+        found = [folder for folder in found if step_of(folder) == step]
+        if not found:
+            raise ConfigError(f"{output_dir} has no checkpoint-{step}; there are: {steps}")
+    for folder in reversed(found):
+        if _is_unfinished(folder):
+            if step is not None:
+                raise CheckpointError(f"{folder} was not written to its end; choose another")
             _log.warning("%s was not written to its end; it is passed over", folder)
             continue
         problem = damage(folder)
@@ -76,16 +84,21 @@ def checkpoint_to_resume(output_dir: Path, processes: int | None) -> Path | None
     return None
 
 
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a run was killed while it wrote this one; the manifest alone may be missing (`damage`)."""
+    if (folder / MANIFEST).is_file():
+        return False
+    if read_json(folder / STATE) is None or has_shards(folder):  # shards come after the Trainer's state
+        return True
+    others = [read_json(other / MANIFEST) for other in checkpoints(folder.parent)]
+    processes = [other["processes"] for other in others if isinstance(other, dict) and "processes" in other]
+    return bool(processes) and 0 < len(list(folder.glob("rng_state_*"))) < max(processes)
+
+
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end, None when there is none. Reads no weights: for messages."""
-    finished = [folder for folder in checkpoints(Path(output_dir)) if not _is_begun(folder)]
+    finished = [folder for folder in checkpoints(Path(output_dir)) if not _is_unfinished(folder)]
     return finished[-1] if finished else None
-
-
-def _is_begun(folder: Path) -> bool:
-    """Whether a checkpoint was not written to its end; shards are written after the Trainer's state."""
-    has_manifest = (folder / MANIFEST).is_file()
-    return not has_manifest and (read_json(folder / STATE) is None or has_shards(folder))
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

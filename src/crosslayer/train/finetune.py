@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 
 from ..data.fit import check_ids, input_length
 from ..data.tasks import Task, load_task, tokenize
-from ..errors import CheckpointError, ConfigError, RunInterruptedError, TrainingError
+from ..errors import CheckpointError, ConfigError, TrainingError
 from ..evaluate.task_metrics import check_metrics_available
 from ..loading import ADAPTER_FOLDER, MODEL_FOLDER, load_pretrained
 from ..provenance import describe_run
@@ -40,6 +40,7 @@ from .methods import CHANGING, AdapterConfig, Attached, attach, count_trained, h
 from .progress import shows_bars
 from .recipe import FinetuneRecipe, build_finetune_recipe, read_recipe
 from .resume import (
+    changes_of_section,
     changes_of_training,
     check_fingerprints,
     check_same_run,
@@ -47,6 +48,7 @@ from .resume import (
     find_checkpoint,
     fingerprint_of_rows,
     fingerprint_of_weights,
+    forget_after,
     is_finished,
     tell_changes,
 )
@@ -91,6 +93,7 @@ def finetune(
     output_dir: str | Path,
     *,
     resume: bool = False,
+    resume_from: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     show_plan: Callable[[FinetunePlan], None] = lambda plan: None,
@@ -99,7 +102,8 @@ def finetune(
 
     Raises ConfigError, DataError, CheckpointError before anything is written, TrainingError while running.
     """
-    output_dir = Path(output_dir)
+    started, output_dir = time.monotonic(), Path(output_dir)
+    resume = resume or resume_from is not None
     if is_main_process():
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     changes: list[str] = []
@@ -131,18 +135,21 @@ def finetune(
         show_plan(plan)
     if dry_run:
         return None
-    finished: Any = read_json(output_dir / "report.json") if resume else None
+    finished: Any = read_json(output_dir / "report.json") if resume and resume_from is None else None
     if is_finished(finished, plan.steps, output_dir):
         tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return FinetuneReport(**finished)
-    checkpoint = find_checkpoint(arguments, output_dir, plan.steps) if resume else None
+    checkpoint = find_checkpoint(arguments, output_dir, plan.steps, resume_from) if resume else None
     tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
     with nothing_left_behind(output_dir):
         trainer = make_trainer(recipe, task, attached, tokenizer, arguments)
+        trainer.stopping.count_from(started)
         trainer.check_optimizer(plan.steps)
     if is_main_process():
         prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
+        if resume_from is not None:
+            forget_after(output_dir, resume_from)
     return _train(recipe, task, attached, trainer, plan, output_dir, checkpoint)
 
 
@@ -163,12 +170,7 @@ def _train(
         trainer.state.log_history.clear()
         if is_main_process():
             write_json(output_dir / "before.json", before)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except KeyboardInterrupt:
-        raise RunInterruptedError(
-            f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
-        ) from None
+    trainer.run(checkpoint)
     history = list(trainer.state.log_history)
     after = trainer.evaluate()  # of the best checkpoint, which is the model now
     seconds, peak = time.perf_counter() - started, peak_memory_bytes(arguments.device)
@@ -385,6 +387,7 @@ def make_trainer(
             eval_dataset=task.validation,
             processing_class=with_chat_template(tokenizer, task.train),
             callbacks=attached.callbacks,
+            monitor=recipe.monitor,
         )
     return TaskTrainer(
         model=attached.model,
@@ -395,6 +398,7 @@ def make_trainer(
         data_collator=DataCollatorWithPadding(tokenizer),
         task=task,
         callbacks=attached.callbacks,
+        monitor=recipe.monitor,
         head_lr_factor=recipe.adapter.head_lr_factor,
     )
 
@@ -415,7 +419,8 @@ def _check_same_finetuning(recipe: FinetuneRecipe, output_dir: Path) -> tuple[Fi
     for content in (now, earlier):
         content["recipe"] = {"model": content["model"]}
     has_fingerprints = earlier_fingerprints(output_dir) is not None
-    return began, check_same_run(now, earlier, ("recipe", "data", "adapter"), output_dir, has_fingerprints)
+    changes = check_same_run(now, earlier, ("recipe", "data", "adapter"), output_dir, has_fingerprints)
+    return began, changes + changes_of_section(now["monitor"], earlier["monitor"])
 
 
 def _fingerprints_of(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -32,7 +32,7 @@ class OptimizerConfig:
     """Step inside the backward, so that gradients of all layers never exist together. Wants `max_grad_norm: 0`,
     `gradient_accumulation_steps: 1`, one process, and an `optim` that treats each parameter alone."""
 
-    def check(self, arguments: "TrainingArguments") -> None:
+    def check(self, arguments: "TrainingArguments", on_nonfinite: str) -> None:
         """Raises ConfigError where gradients are needed together."""
         if not self.gradient_release:
             return
@@ -49,6 +49,7 @@ class OptimizerConfig:
                 "set it to 1, with a larger per_device_train_batch_size",
             ),
             (arguments.world_size > 1, f"{arguments.world_size} processes", "share the model instead (fsdp_size)"),
+            (on_nonfinite == "skip", "on_nonfinite=skip", "choose stop: nothing is left to skip by then"),
             (arguments.fp16, "fp16", "use bf16: its scale is known after the backward only"),
             (optimizer not in OPTIMIZERS, f"optim={optimizer}", f"choose from {', '.join(OPTIMIZERS)}"),
         ):

@@ -73,8 +73,8 @@ class Parallel:
             )
         if not is_fixed:
             raise ConfigError(
-                f"fsdp_size={self.fsdp_size} shards a model that is frozen whole, under an adapter that stays as it is: "
-                "instructions with lor2c, sharelor2c or lora. Give one of them, or fsdp_size=1"
+                f"fsdp_size={self.fsdp_size} shards a model that is frozen whole, under an adapter that stays as it "
+                "is: instructions with lor2c, sharelor2c or lora. Give one of them, or fsdp_size=1"
             )
         return self.distributed_config(processes)
 

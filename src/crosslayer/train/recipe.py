@@ -7,6 +7,7 @@
     optimizer:        {gradient_release: true}     # fields of OptimizerConfig
     parallel:         {fsdp_size: 8}               # fields of Parallel
     training:         {max_steps: 600, ...}        # fields of transformers' TrainingArguments
+    monitor:          {on_nonfinite: skip, ...}    # fields of Monitor
 
 and to fine-tune:
 
@@ -14,6 +15,7 @@ and to fine-tune:
     data:             {task: sst2, ...}            # fields of TaskConfig
     adapter:          {method: lor2c, r: 8, ...}   # fields of AdapterConfig
     training:         {num_train_epochs: 3, ...}
+    monitor:          {max_hours: 12, ...}         # fields of Monitor
 
 Any field can be overridden by its own name (`--learning_rate 1e-3`) or, where two sections know it, with the section
 before it (`--data.seed 3`).
@@ -35,6 +37,7 @@ from ..ranges import out_of_range
 from ..recipes import recipe_path
 from .gradient_release import OptimizerConfig
 from .methods import AdapterConfig
+from .monitor import Monitor
 from .parallel import Parallel
 from .parameter_groups import ParameterGroups
 from .ranges import MODEL, PRETRAINING, TRAINING, warmup_problem
@@ -101,7 +104,10 @@ class Recipe(_AnyRecipe):
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
-    SECTIONS = ("training", "model", "data", "parameter_groups", "optimizer", "parallel")
+    monitor: Monitor = field(default_factory=Monitor)
+    """What it does about numbers that go wrong, and about its time."""
+
+    SECTIONS = ("training", "model", "data", "parameter_groups", "optimizer", "parallel", "monitor")
     PLAIN = ("name", "description")
 
 
@@ -130,7 +136,10 @@ class FinetuneRecipe(_AnyRecipe):
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
-    SECTIONS = ("training", "adapter", "data", "parallel")
+    monitor: Monitor = field(default_factory=Monitor)
+    """What it does about numbers that go wrong, and about its time."""
+
+    SECTIONS = ("training", "adapter", "data", "parallel", "monitor")
     SPELLINGS = {"rank": "r"}  # torchrun takes --r for one of its own
     PLAIN = ("name", "description", "model")
 
@@ -257,8 +266,10 @@ _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
     (Recipe, "optimizer"): OptimizerConfig,
     (Recipe, "parallel"): Parallel,
     (FinetuneRecipe, "parallel"): Parallel,
+    (Recipe, "monitor"): Monitor,
     (FinetuneRecipe, "data"): TaskConfig,
     (FinetuneRecipe, "adapter"): AdapterConfig,
+    (FinetuneRecipe, "monitor"): Monitor,
 }
 """Sections that are dataclasses of ours; the others stay mappings."""
 

@@ -8,12 +8,13 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
-from .checkpoints import checkpoint_to_resume, step_of
+from .checkpoints import checkpoint_to_resume, checkpoints, step_of
 from .run_folder import RUN_FILE, is_main_process, read_json
 from .sharded import has_shards
 
@@ -170,18 +171,25 @@ def check_form(checkpoint: Path | None, parallel: "Parallel") -> None:
 
 
 def find_checkpoint(
-    arguments: "TrainingArguments", output_dir: Path, steps: int, *, any_processes: bool = False
+    arguments: "TrainingArguments",
+    output_dir: Path,
+    steps: int,
+    resume_from: int | None = None,
+    *,
+    any_processes: bool = False,
 ) -> Path | None:
     """The checkpoint to go on from, the same in every process; None: from the first step.
 
     Args:
+        resume_from: step of the one to take, in place of the newest.
         any_processes: another number of processes than now may have written it.
 
     Raises CheckpointError and ConfigError as `checkpoint_to_resume`, and where the run is beyond `steps`.
     """
     found: list[Path | None] = [None]
     if is_main_process():
-        found = [checkpoint_to_resume(output_dir, None if any_processes else arguments.world_size)]
+        processes = None if any_processes else arguments.world_size
+        found = [checkpoint_to_resume(output_dir, processes, resume_from)]
         if found[0] is None:
             _log.warning("%s has no checkpoint yet; starting at the first step", output_dir)
         elif step_of(found[0]) > steps:
@@ -194,6 +202,15 @@ def find_checkpoint(
 
         broadcast_object_list(found)
     return found[0]
+
+
+def forget_after(output_dir: Path, step: int) -> None:
+    """Throw away what a run made after a step: it goes on from there, and is not finished any more."""
+    (output_dir / "report.json").unlink(missing_ok=True)
+    for folder in checkpoints(output_dir):
+        if step_of(folder) > step:
+            _log.warning("%s is thrown away", folder)
+            shutil.rmtree(folder)
 
 
 # ------------------------------------------------------------------------------------------------- fingerprints

@@ -24,7 +24,7 @@ from ..data import DataStatistics, PreparedData, document_end_id, document_start
 from ..data.files import printable
 from ..data.fit import check_special_tokens, ids_needed
 from ..data.tokenizer import tokenizer_fingerprint
-from ..errors import CheckpointError, ConfigError, CrossLayerError, RunInterruptedError, TrainingError
+from ..errors import CheckpointError, ConfigError, CrossLayerError, TrainingError
 from ..loading import MODEL_FOLDER, has_model, load_saved
 from ..provenance import describe_run
 from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
@@ -43,6 +43,7 @@ from .resume import (
     earlier_fingerprints,
     find_checkpoint,
     fingerprint_of_blocks,
+    forget_after,
     is_finished,
     tell_changes,
 )
@@ -220,6 +221,7 @@ def pretrain(
     output_dir: str | Path,
     *,
     resume: bool = False,
+    resume_from: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     show_plan: Callable[[Plan], None] = lambda plan: None,
@@ -229,19 +231,22 @@ def pretrain(
     Args:
         output_dir: a new or empty folder; one that holds a run needs `resume` or `overwrite`.
         resume: go on from the last complete checkpoint in it.
+        resume_from: go on from checkpoint-N, of this step, and throw away what came after it.
         overwrite: throw the run in it away first (only a folder that holds one of our runs).
         dry_run: decide and show everything, write nothing into `output_dir`, return None.
         show_plan: called with the plan before the first step.
 
-    Raises ConfigError, DataError, CheckpointError before anything is written, TrainingError while running.
+    Raises ConfigError, DataError, CheckpointError before anything is written, TrainingError while running; of these
+    RunStoppedError where it was asked to end early (stopping.py).
     """
-    output_dir = Path(output_dir)
+    started, output_dir = time.monotonic(), Path(output_dir)
+    resume = resume or resume_from is not None
     if is_main_process():
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     shape = build_model_config(recipe)  # a wrong one costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
     recipe.parallel.check(shape, arguments.world_size)
-    recipe.optimizer.check(arguments)
+    recipe.optimizer.check(arguments, recipe.monitor.on_nonfinite)
     changes = _check_resumption(recipe, arguments, output_dir) if resume else []
 
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
@@ -257,21 +262,23 @@ def pretrain(
         show_plan(plan)
     if dry_run:
         return None
-    finished = _finished_report(output_dir, plan) if resume else None
+    finished = _finished_report(output_dir, plan) if resume and resume_from is None else None
     if finished is not None:
         tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return finished
-    checkpoint = find_checkpoint(arguments, output_dir, plan.steps, any_processes=True) if resume else None
+    checkpoint = find_checkpoint(arguments, output_dir, plan.steps, resume_from, any_processes=True) if resume else None
     check_form(checkpoint, recipe.parallel)
     tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
-    started = time.perf_counter()
     with nothing_left_behind(output_dir):
         trainer, facts = _make_trainer(recipe, config, prepared, arguments, plan, output_dir)
+        trainer.stopping.count_from(started)
         trainer.check_optimizer(plan.steps)
     if is_main_process():
         prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
-    return _train(trainer, facts, output_dir, checkpoint, started)
+        if resume_from is not None:
+            forget_after(output_dir, resume_from)
+    return _train(trainer, facts, output_dir, checkpoint)
 
 
 def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir: Path) -> list[str]:
@@ -285,7 +292,7 @@ def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir
     changes += changes_of_training(arguments, before, output_dir, (rows_per_step(recipe, arguments), begun_with))
     return changes + [
         change
-        for section in ("parameter_groups", "optimizer", "parallel")
+        for section in ("parameter_groups", "optimizer", "parallel", "monitor")
         for change in changes_of_section(now[section], earlier[section])
     ]
 
@@ -330,6 +337,7 @@ def _make_trainer(
         data_collator=default_data_collator,
         parameter_groups=recipe.parameter_groups,
         gradient_release=recipe.optimizer.gradient_release,
+        monitor=recipe.monitor,
         block_size=recipe.data.block_size,
         validation_bytes=prepared.statistics.validation.bytes,
         write_card=lambda folder: write_card(folder, config, facts),
@@ -338,9 +346,8 @@ def _make_trainer(
     return trainer, facts
 
 
-def _train(
-    trainer: PretrainTrainer, facts: RunFacts, output_dir: Path, checkpoint: Path | None, started: float
-) -> RunReport:
+def _train(trainer: PretrainTrainer, facts: RunFacts, output_dir: Path, checkpoint: Path | None) -> RunReport:
+    started = time.perf_counter()
     before = None if checkpoint is None else read_json(output_dir / "before.json")
     if before is None:
         before = trainer.evaluate()
@@ -350,15 +357,12 @@ def _train(
 
     trainer.last_evaluation = None
     trainer.add_callback(EvaluateAtTheEnd())
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except KeyboardInterrupt:
-        raise RunInterruptedError(
-            f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
-        ) from None
-
-    # Resumed after its last step, or other weights now than at the last evaluation.
-    if trainer.last_evaluation is None or trainer.args.load_best_model_at_end:
+    trainer.run(checkpoint)
+    step, history = trainer.state.global_step, trainer.state.log_history
+    if trainer.last_evaluation is None:  # resumed after its last step, whose evaluation is in the history already
+        history[:] = [line for line in history if line["step"] < step or "eval_loss" not in line]
+        trainer.evaluate()
+    elif trainer.args.load_best_model_at_end:  # other weights now than at the last evaluation
         trainer.evaluate()
     assert trainer.last_evaluation is not None
     throughput, config = trainer.throughput, trainer.accelerator.unwrap_model(trainer.model).config
@@ -372,6 +376,7 @@ def _train(
         peak_memory_bytes=peak_memory_bytes(trainer.args.device),
         seconds=time.perf_counter() - started,
         history=trainer.state.log_history,
+        skipped_steps=trainer.monitor.skipped,
         model=trainer.model,
         tokenizer=trainer.processing_class,
     )

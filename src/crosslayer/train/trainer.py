@@ -10,23 +10,26 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..accounting import peak_flops, training_flops_per_token
-from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient_norms, increment_ratios
-from ..crnet import CRNetConfig
-from ..errors import TrainingError
+from ..analysis.health import HealthLog, cross_layer_linears
+from ..errors import ConfigError, RunInterruptedError, RunStoppedError, TrainingError
 from ..evaluate import measure_perplexity
 from ..private import prepare_anew, set_last_rates
-from .callbacks import OwnIntervals, ReleaseGradients, StopWhenNotFinite
+from .callbacks import OwnIntervals, ReleaseGradients
 from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_manifest
 from .losses import NextTokenLoss, without_repeats
-from .parallel import groups_by_mesh, is_split, local, reshard, whole
+from .measures import Health, Throughput, beta_range
+from .monitor import STATE, Monitor, StepMonitor
+from .parallel import groups_by_mesh, is_split, local, reshard
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
 from .progress import LogLines, Progress
+from .sampler import LengthGroups
 from .sharded import ShardWriter, has_shards, load_optimizer, load_weights
+from .stopping import StopEarly
 
 _OF_GROUPS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 """Settings of parameter groups that a resumed run may change; the rate comes from the schedule."""
@@ -44,13 +47,17 @@ def _unrefused(arguments: TrainingArguments, model: Any) -> Iterator[None]:
 
 
 class SafeTrainer(Trainer):
-    """Trainer that stops a broken run: a loss that is not finite, a checkpoint that cannot be written.
+    """Trainer that stops a broken run: numbers that are not finite, a checkpoint that cannot be written.
 
     As a first base class it does the same for other Trainers.
 
+    - `run`: as `train`, and may be asked to stop early;
+    - `_get_grad_norm`: looks at loss and gradient norm of a step, and leaves out one that is not finite;
+    - `log`: the loss is the mean over the steps since the last log, also where a run was resumed between two;
     - `train`: with several processes they train one model also after an evaluation;
     - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite; adds hashes;
     - a model that processes share is saved and gone on with in parts (sharded.py), which the Trainer cannot do;
+    - `_get_train_sampler`: rows grouped by length come in an order that a resumed run finds again;
     - `get_batch_samples`: rows that accelerate repeats to give every process as many do not count a second time;
     - `_run_epoch`: a run that goes on from its last step takes no other;
     - `_load_optimizer_and_scheduler`: a resumed run takes its own rates, decay and schedule;
@@ -60,20 +67,39 @@ class SafeTrainer(Trainer):
     optimizer: torch.optim.Optimizer | None
     control: TrainerControl
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args, monitor: Monitor | None = None, **kwargs) -> None:
         with _unrefused(kwargs["args"], kwargs.get("model")):
             super().__init__(*args, **kwargs)
         is_adapted = hasattr(self.model, "peft_config")  # whole in every process, and all that is saved
         self.shards = ShardWriter() if is_split(self.model) and not is_adapted else None
-        self.losses_are_finite: torch.Tensor | bool = True
+        settings = monitor or Monitor()
+        self.monitor = StepMonitor(settings, self.last_good_checkpoint)
+        self.stopping = StopEarly(settings.max_hours)
+        self._step_loss = torch.zeros((), device=self.args.device)
         self._most_checkpoints: int | None = self.args.save_total_limit
-        self.add_callback(StopWhenNotFinite(self))
-        self.add_callback(OwnIntervals())
+        for callback in (self.monitor, self.stopping, OwnIntervals()):
+            self.add_callback(callback)
         # The Trainer has one of the two; its own print dictionaries, one of them to standard output.
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(Progress())
         elif self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines())
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train from the first step or a checkpoint. Raises RunStoppedError and RunInterruptedError where it ends
+        early, TrainingError where it is broken."""
+        try:
+            with self.stopping.listening():
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except KeyboardInterrupt:
+            raise RunInterruptedError(
+                f"interrupted at step {self.state.global_step}; {self.last_good_checkpoint()}"
+            ) from None
+        if self.stopping.is_stopping and self.state.global_step < self.state.max_steps:
+            raise RunStoppedError(
+                f"stopped at step {self.state.global_step} ({self.stopping.reason or 'asked in another process'}); "
+                f"{self.last_good_checkpoint()}"
+            )
 
     def train(self, *args, **kwargs) -> Any:
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
@@ -82,6 +108,7 @@ class SafeTrainer(Trainer):
             self.model_wrapped = self.model
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             prepare_anew(self.model)
+        self._step_loss = torch.zeros((), device=self.args.device)
         # The Trainer would take any folder that begins like a checkpoint for one of its own to remove.
         self._most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -102,16 +129,62 @@ class SafeTrainer(Trainer):
 
     def check_optimizer(self, steps: int) -> None:
         """Make optimizer and schedule once and drop them: what they refuse shows before anything is written."""
-        name = str(self.args.optim)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or "lomo" in name or "layerwise" in name:
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        steps_in_backward = self.is_deepspeed_enabled or "lomo" in name or "layerwise" in name
+        if steps_in_backward and self.monitor.settings.on_nonfinite == "skip":
+            raise ConfigError(
+                f"on_nonfinite=skip needs the gradients before the optimizer does, and "
+                f"{'deepspeed' if self.is_deepspeed_enabled else f'optim={name}'} steps within the backward pass; "
+                "choose on_nonfinite=stop, or another optimizer"
+            )
+        if self.is_fsdp_enabled or steps_in_backward:
             return  # they change the model, or need it wrapped
         self.create_optimizer_and_scheduler(num_training_steps=steps)
         self.optimizer, self.lr_scheduler = None, None
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.losses_are_finite = self.losses_are_finite & torch.isfinite(loss)
-        return loss
+        self._step_loss = self._step_loss + loss
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer's own sum is for `train_loss` alone
+
+    def _get_grad_norm(self, model, grad_norm=None) -> Any:
+        """The Trainer's last call before the optimizer's step. None for a step that is left out."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss, wrong, value = self._step_of_all(norm)
+        if not self.monitor.look(self.state.global_step + 1, loss, value, wrong):
+            return norm
+        model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient: no decay, no momentum
+        return None
+
+    def _step_of_all(self, norm: Any) -> tuple[float, str | None, float]:
+        """(loss of the step, what is not finite, gradient norm), the same in every process; the one place where the
+        host waits for a device once a step. Notes too whether any process has been asked to stop."""
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+        loss = self._step_loss.float()
+        norm = torch.as_tensor(0.0 if norm is None else norm, device=loss.device).float()
+        self._step_loss = torch.zeros_like(loss)
+        # A scaler (fp16) looks for overflows itself and leaves such steps out.
+        norm_is_wrong = ~norm.isfinite() if self.accelerator.scaler is None else torch.zeros_like(norm)
+        asked = torch.full_like(loss, self.stopping.is_asked())
+        found = torch.stack([loss, ~loss.isfinite(), norm_is_wrong, asked, norm])
+        if self.args.world_size > 1:
+            found = self.accelerator.reduce(found, reduction="mean")
+        mean_loss, bad_loss, bad_norm, stop, value = found.tolist()
+        self.stopping.is_stopping = stop > 0
+        return mean_loss, "loss" if bad_loss else "gradient norm" if bad_norm else None, value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            del logs["loss"]
+            logs.update(self.monitor.metrics())
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroups(sampler.batch_size, sampler.lengths, seed)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device):
         return super().get_batch_samples(map(self.without_repeats, epoch_iterator), num_batches, device)
@@ -130,6 +203,7 @@ class SafeTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not all(bool(local(parameter).isfinite().all()) for parameter in self.model.parameters()):
             raise TrainingError(f"weights are not finite at step {step}; {self.last_good_checkpoint()}")
+        self.state.stateful_callbacks[STATE] = self.monitor.state()
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -259,13 +333,13 @@ class PretrainTrainer(SafeTrainer):
         self.validation_bytes = validation_bytes
         self.write_card = write_card
         self.last_evaluation: dict[str, Any] | None = None
-        self.throughput = _Throughput(block_size)
+        self.throughput = Throughput(block_size)
         self.add_callback(self.throughput)
         if gradient_release:
             self.add_callback(ReleaseGradients(self))
         self.health = None
         if health_file is not None and cross_layer_linears(self.model):
-            self.health = _Health(
+            self.health = Health(
                 HealthLog(health_file),
                 self.accelerator.unwrap_model,
                 self.compute_loss_context_manager,
@@ -356,108 +430,14 @@ class PretrainTrainer(SafeTrainer):
             drift = getattr(self.model, "recompute_drift", None)
             if drift is not None:
                 logs["recompute_drift"] = drift
+            if self.health is not None and self.health.largest is not None:
+                logs["largest_increment"] = self.health.largest[0]
         super().log(logs)
+        if "loss" in logs and self.health is not None and self.health.largest is not None:
+            # Beside the numbers: trackers take no text.
+            self.state.log_history[-1] |= {"largest_increment_at": self.health.largest[1]}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.write_card is not None and self.args.should_save:
             self.write_card(Path(output_dir or self.args.output_dir))
-
-
-def beta_range(model: torch.nn.Module) -> dict[str, float]:
-    """Smallest and largest beta of a CR-Net model; nothing for other models."""
-    betas = [whole(p.detach()).reshape(()) for name, p in model.named_parameters() if name.rpartition(".")[2] == "beta"]
-    if not betas:
-        return {}
-    values = torch.stack(betas)
-    return {"beta_min": values.min().item(), "beta_max": values.max().item()}
-
-
-class _Throughput(TrainerCallback):
-    """Tokens per second of training alone, without evaluation and saving, since the last log."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.tokens = 0  # since the last log
-        self.seconds = 0.0
-        self.total_tokens = 0  # of this process, without the first step, which warms up
-        self.total_seconds = 0.0
-        self._step_started = 0.0
-        self._is_first_step = True
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._step_started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._is_first_step:
-            self._is_first_step, self.tokens = False, 0
-            return
-        self.seconds += time.perf_counter() - self._step_started
-
-    def metrics(self, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
-        if not self.seconds:
-            return {}
-        tokens_per_s = self.tokens / self.seconds
-        self.total_tokens, self.total_seconds = self.total_tokens + self.tokens, self.total_seconds + self.seconds
-        self.tokens, self.seconds = 0, 0.0
-        metrics = {"tokens_per_s": round(tokens_per_s, 1)}
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        if peak is not None:
-            world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-            flops = training_flops_per_token(cast(CRNetConfig, model.config), self.block_size)
-            metrics["mfu"] = round(tokens_per_s * flops / peak / world, 4)
-        return metrics
-
-
-class _Health(TrainerCallback):
-    """health.jsonl (analysis/health.py): one line at every logging step, nothing at the others.
-
-    Gradients are read before the optimizer takes them, that is after clipping.
-    """
-
-    def __init__(self, log: HealthLog, unwrap: Callable, autocast: Callable, released: bool) -> None:
-        self.log = log
-        self.released = released  # gradients are gone by then
-        self.unwrap = unwrap
-        self.autocast = autocast
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, list[float | None]] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            self.log.cut(state.global_step)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if _will_log(args, state):
-            self.gradients = gradient_norms(model)
-            if self.released:
-                self.gradients = {name: [None] * len(norms) for name, norms in self.gradients.items()}
-
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        if not self.gradients:
-            return
-        model = self.unwrap(model)
-        sequence: dict[str, torch.Tensor] = {
-            name: self.inputs[name][:1].to(args.device) for name in ("input_ids", "position_ids") if name in self.inputs
-        }
-        with self.autocast():
-            ratios = increment_ratios(model, sequence)
-        reshard(model)
-        record = {
-            "step": state.global_step,
-            "tokens": int(state.num_input_tokens_seen),
-            "b": b_values(model),
-            "increment_ratio": ratios,
-            "gradient_norm": self.gradients,
-        }
-        self.gradients, self.inputs = {}, {}
-        if state.is_world_process_zero:
-            self.log.append(record)
-
-
-def _will_log(args, state) -> bool:
-    """Whether the step under way, not counted yet, is one that the Trainer logs after."""
-    step = state.global_step + 1
-    if args.logging_strategy != "steps":
-        return False
-    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
