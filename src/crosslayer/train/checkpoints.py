@@ -62,7 +62,7 @@ def checkpoint_to_resume(output_dir: Path, processes: int | None, step: int | No
         if not found:
             raise ConfigError(f"{output_dir} has no checkpoint-{step}; there are: {steps}")
     for folder in reversed(found):
-        if _is_unfinished(folder):
+        if _is_unfinished(folder, processes):
             if step is not None:
                 raise CheckpointError(f"{folder} was not written to its end; choose another")
             _log.warning("%s was not written to its end; it is passed over", folder)
@@ -84,20 +84,25 @@ def checkpoint_to_resume(output_dir: Path, processes: int | None, step: int | No
     return None
 
 
-def _is_unfinished(folder: Path) -> bool:
-    """Whether a run was killed while it wrote this one; the manifest alone may be missing (`damage`)."""
+def _is_unfinished(folder: Path, processes: int | None = None) -> bool:
+    """Whether a run (of so many processes) was killed while it wrote this one; the manifest alone may be missing
+    (`damage`)."""
     if (folder / MANIFEST).is_file():
         return False
     if read_json(folder / STATE) is None or has_shards(folder):  # shards come after the Trainer's state
         return True
     others = [read_json(other / MANIFEST) for other in checkpoints(folder.parent)]
-    processes = [other["processes"] for other in others if isinstance(other, dict) and "processes" in other]
-    return bool(processes) and 0 < len(list(folder.glob("rng_state_*"))) < max(processes)
+    written = [other["processes"] for other in others if isinstance(other, dict) and "processes" in other]
+    return bool(written) and 0 < len(list(folder.glob("rng_state_*"))) < (processes or max(written))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end, None when there is none. Reads no weights: for messages."""
-    finished = [folder for folder in checkpoints(Path(output_dir)) if not _is_unfinished(folder)]
+    finished = [
+        folder
+        for folder in checkpoints(Path(output_dir))
+        if read_json(folder / STATE) is not None and not _is_unfinished(folder)
+    ]
     return finished[-1] if finished else None
 
 
