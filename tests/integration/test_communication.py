@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed import DistributedConfig
 
 from crosslayer.accounting import (
-    PRECISIONS,
     Method,
+    Precision,
     Sharding,
     Step,
     count_collectives,
@@ -172,7 +172,7 @@ def found(tmp_path_factory):
 
 
 def step_of(split, fields):
-    precision = PRECISIONS["bf16_autocast" if fields == "mixed" else "float32"]
+    precision = Precision(products=2, gathered=2) if fields == "mixed" else Precision()
     return Step(sequence=LENGTH, micro_batch=ROWS, precision=precision, sharding=SPLITS[split])
 
 

@@ -38,6 +38,7 @@ from crosslayer.crnet import CRNetForCausalLM
 from crosslayer.errors import ConfigError
 from crosslayer.recipes import FOLDER
 from crosslayer.train import build_recipe
+from crosslayer.train.parallel import Parallel
 from crosslayer.train.run import build_arguments, build_model_config
 from family_cases import FAMILY_CASES
 from model_cases import config_of
@@ -203,13 +204,17 @@ def test_recipe_lines_build(tmp_path):
         base = yaml.safe_load((FOLDER / "dense_350m_c4.yaml").read_text())
         for section, fields in lines.items():
             base[section] = {**base[section], **fields}
-        base["training"].pop("fsdp", None)  # wants a launcher
         base["training"]["bf16"] = False
         recipe = build_recipe(base)
         config = build_model_config(recipe)
         arguments = build_arguments(recipe, tmp_path)
         assert arguments.per_device_train_batch_size == plan.recommended.setting.micro_batch
         assert config.factorization == lines["model"]["factorization"]
+    shared = make_plan("llama_7b", **ISSUE, tensor_parallel=2, beside=()).recommended
+    assert shared.recipe["parallel"] == {"fsdp_size": shared.setting.fsdp, "tensor_parallel": 2}
+    assert build_recipe(
+        {**base, **{k: {**base.get(k, {}), **v} for k, v in shared.recipe.items()}}
+    ).parallel == Parallel(fsdp_size=shared.setting.fsdp, tensor_parallel=2)
     galore = make_plan("llama_350m", "galore", **ISSUE, beside=()).recommended.recipe["training"]
     assert galore["optim"] == "galore_adamw"
     assert make_plan("llama_350m", "lor2c", **ISSUE, beside=()).recommended.recipe == {}
@@ -362,8 +367,8 @@ def test_the_command_prints_tables_and_json(run, monkeypatch):  # noqa: F811
     assert "…" not in everything
     assert everything.count(" yes ") + everything.count(" no ") == len(content["settings"]) > 15
     assert shown.out.count(" yes ") + shown.out.count(" no ") < 15
-    split = run(*command, "--tensor-parallel", "2", "--fsdp", "4").out
-    assert "loaded with DistributedConfig(tp_size=2, fsdp_size=4): docs/scale.md" in split
+    split = run(*command, "--tensor-parallel", "2", "--fsdp", "2").out
+    assert "parallel:\n  fsdp_size: 2\n  tensor_parallel: 2\n" in split
 
 
 def test_models_from_files(run, tmp_path):  # noqa: F811

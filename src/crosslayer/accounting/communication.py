@@ -114,8 +114,8 @@ def _of_fsdp(shape: Shape, step: Step, method: Method) -> Iterator[Collective]:
     again = 0.0 if shape.tie_word_embeddings else table + shape.position_embeddings
     backward = sum(layers) + again + sum(layers[index] for index in _replayed(shape, method)) + added
     trained = count_trainable(shape, method) if added else forward
-    yield Collective(kind="all_gather", axis="fsdp", phase="forward", size=forward * p.products)
-    yield Collective(kind="all_gather", axis="fsdp", phase="backward", size=backward * p.products)
+    yield Collective(kind="all_gather", axis="fsdp", phase="forward", size=forward * p.on_the_way)
+    yield Collective(kind="all_gather", axis="fsdp", phase="backward", size=backward * p.on_the_way)
     yield Collective(kind="reduce_scatter", axis="fsdp", phase="backward", size=trained * p.gradients)
 
 

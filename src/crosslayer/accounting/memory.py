@@ -67,7 +67,7 @@ def walk(shape: Shape, step: Step, method: Method) -> Iterator[tuple[str, dict[s
             "temporary": around_loss + sizes.communication,
         },
     )
-    done = sizes.gradients_of_head
+    done = 0.0 if step.releases_gradients else sizes.gradients_of_head
     for layer in reversed(layers):
         for phase, again, working in sizes.backward(layer):
             yield (
@@ -81,16 +81,17 @@ def walk(shape: Shape, step: Step, method: Method) -> Iterator[tuple[str, dict[s
                     "temporary": working + sizes.communication,
                 },
             )
-        done += sizes.gradients_of(layer)
+        done = 0.0 if step.releases_gradients else done + sizes.gradients_of(layer)
+    # Released, the gradient of the embeddings is the last one, and the largest.
     yield (
         "update",
         {
             **fixed,
-            "gradients": everything,
+            "gradients": sizes.gradients_of_head if step.releases_gradients else everything,
             "activations": 0.0,
             "live": 0.0,
             "logits": 0.0,
-            "temporary": sizes.optimizer_temporary + sizes.communication,
+            "temporary": (0.0 if step.releases_gradients else sizes.optimizer_temporary) + sizes.communication,
         },
     )
 
@@ -146,7 +147,7 @@ class _Sizes:
         if s.fsdp > 1:
             # Weights of two layers (one computed, one on its way), embeddings and head; one layer's whole gradient.
             gathered = 2 * max(self.in_layer) + vocabulary * (1 + bool(self.counts["head"]))
-            self.communication = gathered * p.products + max(self.in_layer) * p.gradients
+            self.communication = gathered * p.on_the_way + max(self.in_layer) * p.gradients
         elif s.replicas > 1:
             self.communication = self.trainable * p.gradients  # DDP's buckets
 

@@ -5,12 +5,21 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Bytes of an element. `products` below `weights` is autocast: matrix products in it, the rest in `weights`."""
+    """Bytes of an element. `products` below `weights` is autocast: matrix products in it, the rest in `weights`.
+
+    `gathered`: of weights that FSDP gathers; None is their own, `products` is FSDP's mixed precision.
+    """
 
     weights: int = 4
     gradients: int = 4
     states: int = 4
     products: int = 4
+    gathered: int | None = None
+
+    @property
+    def on_the_way(self) -> int:
+        """Of weights that FSDP gathers."""
+        return self.weights if self.gathered is None else self.gathered
 
     @property
     def is_autocast(self) -> bool:
@@ -74,6 +83,7 @@ class Step:
         fused_optimizer: AdamW updates in place (`adamw_torch_fused`, the Trainer's default); otherwise one more copy of
             the parameters passes by.
         accumulates: gradients of earlier micro-batches are there already.
+        releases_gradients: the optimizer steps within the backward, so that only one block's gradients are there.
     """
 
     sequence: int
@@ -84,6 +94,7 @@ class Step:
     fused_norms: bool = True
     fused_optimizer: bool = True
     accumulates: bool = False
+    releases_gradients: bool = False
 
     @property
     def tokens(self) -> int:

@@ -59,11 +59,6 @@ def _show_recommended(console: Console, best: Recommendation) -> None:
     console.print()
     if best.recipe:
         console.print(yaml.safe_dump(best.recipe, sort_keys=False))
-    if setting.tensor_parallel > 1 or (setting.fsdp > 1 and setting.replicas > 1):
-        names = ("tp_size", "fsdp_size", "dp_replicate_size")
-        sizes = (setting.tensor_parallel, setting.fsdp, setting.replicas)
-        given = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True) if size > 1)
-        console.print(f"loaded with DistributedConfig({given}): docs/scale.md\n")
 
 
 def _best_of_each(settings: Iterable[Setting], kind: Callable[[Setting], str]) -> list[Setting]:
