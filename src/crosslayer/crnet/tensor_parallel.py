@@ -25,9 +25,8 @@ from transformers.distributed.tensor_parallel import TensorParallelLayer
 
 from .cross_layer_linear import GIVES_INCREMENT, CrossLayerLinear, LowRankLinear, is_watched
 from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm
+from .positions import COLUMNS, check_split
 from .product import PRODUCTS, Product
-
-COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
 
 
 class _Copy(torch.autograd.Function):
@@ -269,30 +268,12 @@ def split_block(block: Any, mesh: Any) -> None:
 def check_block(block: Any, ranks: int) -> Attention:
     """The attention of a block that can be split over so many ranks; raises ValueError for others."""
     name = type(block).__name__
-    if unknown := sorted(block.places.keys() - {*COLUMNS, *ROWS}):
-        raise ValueError(
-            f"tensor parallelism of {name} is not known: {', '.join(unknown)} (experts and latent attention) would "
-            "need another layout. Use FSDP2: it shards every family."
-        )
     attention = next(module for module in block.modules() if isinstance(module, Attention))
+    check_split(name, block.places, attention.config.attention_shape(attention.layer_idx), ranks)
     norms = [getattr(attention, norm, None) for norm in ("q_norm", "k_norm")]
     if any(norm is not None and type(norm) not in SPLIT for norm in norms):
         raise ValueError(f"tensor parallelism does not know the norms of queries and keys in {name}. Use FSDP2.")
-    shape = attention.config.attention_shape(attention.layer_idx)
-    for what, count in (("num_attention_heads", shape.heads), *widths_of(block)):
-        if count % ranks != 0:
-            raise ValueError(f"{what}={count} cannot be split over {ranks} ranks; choose a tp_size that divides it.")
-    if shape.key_value_heads % ranks != 0 and ranks % shape.key_value_heads != 0:
-        raise ValueError(
-            f"num_key_value_heads={shape.key_value_heads} and {ranks} ranks: neither divides the other; choose another "
-            "tp_size."
-        )
     return attention
-
-
-def widths_of(block: Any) -> list[tuple[str, int]]:
-    place = block.places["down"]
-    return [("intermediate_size", place.in_features)]
 
 
 def share_keys(attention: Any, shape: Any, split: Split) -> None:

@@ -33,11 +33,12 @@ def training_step(recipe: "Recipe", arguments: "TrainingArguments") -> Step:
     """One micro-batch on one device, as the Trainer runs our models (fused loss; weights of the model's dtype)."""
     half = arguments.bf16 or arguments.fp16
     weights = getattr(torch, recipe.model.get("dtype") or "float32").itemsize
+    mesh = recipe.parallel.distributed_config(arguments.world_size)
     return Step(
         sequence=recipe.data.block_size,
         micro_batch=arguments.train_batch_size,
         precision=Precision(weights=weights, gradients=weights, states=weights, products=2 if half else weights),
-        sharding=Sharding(data=arguments.world_size, fsdp=bool(arguments.fsdp)),
+        sharding=Sharding(tensor=mesh.tp_size, fsdp=mesh.fsdp_size, replicas=mesh.dp_replicate_size),
         fused_norms=arguments.device.type == "cuda",
         fused_optimizer="fused" in str(getattr(arguments.optim, "value", arguments.optim)),
         accumulates=arguments.gradient_accumulation_steps > 1,
