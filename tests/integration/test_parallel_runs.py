@@ -25,8 +25,8 @@ SPLITS = {
     "replicas_tp": {"tensor_parallel": 2},  # two replicas of two processes each
     "all": {"fsdp_size": -1, "tensor_parallel": 2, "bf16": True},
 }
-"""Of four processes. Packed rows, gradients clipped; some in batches of one that are accumulated, or under autocast; heads that are
-tied, or not."""
+"""Of four processes. Packed rows, gradients clipped; some in batches of one that are accumulated, or under autocast;
+heads that are tied, or not."""
 
 
 def recipe_of(root, processes, *, accumulate=1, bf16=False, **parallel):
