@@ -25,7 +25,8 @@ SPLITS = {
     "replicas_tp": {"tensor_parallel": 2},  # two replicas of two processes each
     "all": {"fsdp_size": -1, "tensor_parallel": 2, "bf16": True},
 }
-"""Of four processes. Packed rows, gradients clipped; some in batches of one that are accumulated, or under autocast."""
+"""Of four processes. Packed rows, gradients clipped; some in batches of one that are accumulated, or under autocast;
+heads that are tied, or not."""
 
 
 def recipe_of(root, processes, *, accumulate=1, bf16=False, **parallel):
@@ -34,7 +35,7 @@ def recipe_of(root, processes, *, accumulate=1, bf16=False, **parallel):
     settings = {"max_steps": STEPS, "save_steps": 2, "eval_steps": 3, "logging_steps": 1, "save_total_limit": 9}
     settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "bf16": bf16}
     content = tiny_content(root, **settings, warmup_steps=1)
-    content["model"]["recompute"] = "invert"
+    content["model"] |= {"recompute": "invert", "tie_word_embeddings": not bf16}
     return build_recipe({**content, "parallel": parallel})
 
 

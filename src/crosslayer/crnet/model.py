@@ -184,6 +184,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
 
     @property
     def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, bottom first."""
         return self.layers
 
     def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -406,6 +407,7 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
         return self.output(outputs, loss, logits, attention_mask=attention_mask)
 
     def output(self, outputs: BaseModelOutputWithPast, loss, logits, **arguments) -> CausalLMOutputWithPast:
+        """What `forward` returns. `arguments` has the attention mask, for families that add a loss of their own."""
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -119,7 +119,11 @@ class Parallel:
             let_cpus_share_models()
         config = self.distributed_config(processes)
         _, _, mesh = type(model).prepare_distribute_model(config)
+        head = model.get_output_embeddings()
+        if head.weight is model.get_input_embeddings().weight:  # to be tied anew, as where a model is loaded
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model = type(model).maybe_distribute_model(model, config, mesh)
+        model.tie_weights()
         # FSDP2 has moved what it shards, block by block.
         return model if config.dp_size > 1 else model.to(device)
 
