@@ -233,8 +233,8 @@ def test_gradients_of_earlier_micro_batches(found, reduces):
     step = Step(sequence=16, accumulates=True, reduces_each_batch=reduces, sharding=SPLITS["fsdp"])
     gradients = estimate_memory(config, step)["gradients"]
     assert gradients == count_parameters_of(config) * 4 / (2 if reduces else 1)
-    buffer = 4 * WIDE["vocab_size"] * WIDE["hidden_size"]  # of the last reduction, the embeddings'
-    assert gradients <= found["left"][reduces] <= 1.02 * gradients + buffer, found["left"]
+    buffer = 4 * WIDE["vocab_size"] * WIDE["hidden_size"]  # of the last reduction: it may be there before or after
+    assert abs(found["left"][reduces] - gradients) <= 0.02 * gradients + buffer, found["left"]
 
 
 def count_parameters_of(config):
