@@ -49,6 +49,9 @@ NOT_RUN = {
     "make test": CHECKOUT,
     "python benchmarks/memory.py": CHECKOUT,
     "python benchmarks/memory.py --sections speed kept_heap bf16 --redo --threads 1": CHECKOUT,
+    "python benchmarks/kills.py --kills 50": CHECKOUT,
+    "python benchmarks/resume_memory.py": CHECKOUT,
+    "python benchmarks/soak.py --hours 1": CHECKOUT,
     "python benchmarks/gpu.py": CHECKOUT,
     "python benchmarks/seven_billion.py": CHECKOUT,
     "python benchmarks/seven_billion.py --expect": CHECKOUT,
@@ -62,6 +65,7 @@ NOT_RUN = {
     "crosslayer finetune --recipe finetune/lor2c_crnet_instructions --data FILE": "needs the model of `make pretrain`",
     "crosslayer plan --model llama_7b --method crnet --gpu-memory 80GB --gpus 8 --sequence 4096 "
     "--tokens-per-step 1M": OTHERS,
+    "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --resume_from 2000 --learning_rate 1e-3": OTHERS,
     "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz --max_steps 500": OTHERS,
     "crosslayer compare --recipe crnet_2m_text --data FILE --validation_data FILE --tuning_runs 16 --tuning_steps 250 "
     "--validation_blocks 148 --workers 2 --use_cpu": OTHERS,
