@@ -19,6 +19,7 @@ from crosslayer.train import build_finetune_recipe, build_recipe
 from crosslayer.train.finetune import finetune
 from crosslayer.train.monitor import Monitor, SpikeScore, StepMonitor
 from crosslayer.train.run import pretrain
+from crosslayer.train.stopping import StopEarly
 from crosslayer.train.trainer import PretrainTrainer, SafeTrainer
 from tiny_run import tiny_content
 
@@ -306,6 +307,15 @@ def test_a_time_limit(root, tmp_path):
         pretrain(recipe_of(root, {"max_hours": 1e-9}), tmp_path / "run")
     resumed = pretrain(recipe_of(root, {"max_hours": 10}, max_steps=4), tmp_path / "run", resume=True)
     assert resumed.steps == 4
+
+
+def test_only_a_run_that_says_so_stops():
+    """A plain `train` would return as if it had taken all its steps."""
+    stopping = StopEarly(max_hours=1e-9)
+    assert not stopping.is_asked()
+    with stopping.listening():
+        assert stopping.is_asked()
+    assert not stopping.is_asked()
 
 
 def test_finetuning_stops_within_an_epoch(tmp_path, monkeypatch):
