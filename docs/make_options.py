@@ -34,12 +34,15 @@ from crosslayer.data import tasks as data_tasks
 from crosslayer.lor2c import LoR2CConfig
 from crosslayer.methods import FINETUNING
 from crosslayer.ranges import AT_LEAST_0, MOST_TOKENS, NAME, Range
+from crosslayer.train import parallel
 from crosslayer.train import ranges as training_ranges
 from crosslayer.train.finetune import default_training as finetuning_defaults
+from crosslayer.train.gradient_release import OptimizerConfig
 from crosslayer.train.methods import RANGES as ADAPTER_RANGES
 from crosslayer.train.methods import AdapterConfig
 from crosslayer.train.monitor import RANGES as MONITOR_RANGES
 from crosslayer.train.monitor import Monitor
+from crosslayer.train.parallel import Parallel
 from crosslayer.train.parameter_groups import ParameterGroups
 from crosslayer.train.recipe import RESERVED_TRAINING_FIELDS, FinetuneRecipe, Recipe, build_recipe
 from crosslayer.train.run import default_training as pretraining_defaults
@@ -236,8 +239,23 @@ def recipes() -> str:
     """Both kinds of recipe, section by section."""
     parts = ["## Recipes to pre-train\n"]
     for kind, sections in (
-        (Recipe, {"data": (DataConfig, data_config.RANGES), "parameter_groups": (ParameterGroups, None)}),
-        (FinetuneRecipe, {"data": (TaskConfig, data_tasks.RANGES), "adapter": (AdapterConfig, ADAPTER_RANGES)}),
+        (
+            Recipe,
+            {
+                "data": (DataConfig, data_config.RANGES),
+                "parameter_groups": (ParameterGroups, None),
+                "optimizer": (OptimizerConfig, None),
+                "parallel": (Parallel, parallel.RANGES),
+            },
+        ),
+        (
+            FinetuneRecipe,
+            {
+                "data": (TaskConfig, data_tasks.RANGES),
+                "adapter": (AdapterConfig, ADAPTER_RANGES),
+                "parallel": (Parallel, parallel.RANGES),
+            },
+        ),
     ):
         if kind is FinetuneRecipe:
             parts.append("## Recipes to fine-tune\n")

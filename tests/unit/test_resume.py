@@ -180,8 +180,6 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(root, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"per_device_train_batch_size": 2},
-        {"gradient_accumulation_steps": 2},
         {"optim": "sgd"},
         {"seed": 4},
         {"data_seed": 1},
@@ -193,6 +191,18 @@ def test_what_must_not_change(root, interrupted, change):
     (name, value), *_ = change.items()
     with pytest.raises(ConfigError, match=rf"cannot be resumed with other settings \({name}={value!r}, was "):
         resume(root, interrupted, **change)
+
+
+@pytest.mark.parametrize("change", [{"per_device_train_batch_size": 2}, {"gradient_accumulation_steps": 2}])
+def test_a_step_keeps_its_rows(root, interrupted, change):
+    with pytest.raises(ConfigError, match=r"cannot be resumed with steps of [28] rows, they were of 4: choose "):
+        resume(root, interrupted, **change)
+
+
+def test_the_rows_of_a_step_may_come_in_other_batches(root, whole, interrupted, caplog):
+    again = resume(root, interrupted, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert again.after["loss"] == pytest.approx(whole.after["loss"], abs=1e-5)
+    assert "gradient_accumulation_steps=2 (was 1)" in caplog.text
 
 
 def test_spelling_out_a_default_changes_nothing(root, whole, interrupted, caplog):

@@ -66,7 +66,7 @@ def walk(shape: Shape, step: Step, method: Method) -> Iterator[tuple[str, dict[s
             "temporary": around_loss + sizes.communication,
         },
     )
-    done = sizes.gradients_of_head
+    done = 0.0 if step.releases_gradients else sizes.gradients_of_head
     for layer in reversed(layers):
         for phase, again, working in sizes.backward(layer):
             yield (
@@ -80,16 +80,17 @@ def walk(shape: Shape, step: Step, method: Method) -> Iterator[tuple[str, dict[s
                     "temporary": working + sizes.communication,
                 },
             )
-        done += sizes.gradients_of(layer)
+        done = 0.0 if step.releases_gradients else done + sizes.gradients_of(layer)
+    # Released, the gradient of the embeddings is the last one, and the largest.
     yield (
         "update",
         {
             **fixed,
-            "gradients": everything,
+            "gradients": sizes.gradients_of_head if step.releases_gradients else everything,
             "activations": 0.0,
             "live": 0.0,
             "logits": 0.0,
-            "temporary": sizes.optimizer_temporary + sizes.communication,
+            "temporary": (0.0 if step.releases_gradients else sizes.optimizer_temporary) + sizes.communication,
         },
     )
 

@@ -58,6 +58,7 @@ class Step:
         fused_optimizer: AdamW updates in place (`adamw_torch_fused`, the Trainer's default); otherwise one more copy of
             the parameters passes by.
         accumulates: gradients of earlier micro-batches are there already.
+        releases_gradients: the optimizer steps within the backward, so that only one block's gradients are there.
     """
 
     sequence: int
@@ -68,6 +69,7 @@ class Step:
     fused_norms: bool = True
     fused_optimizer: bool = True
     accumulates: bool = False
+    releases_gradients: bool = False
 
     @property
     def tokens(self) -> int:

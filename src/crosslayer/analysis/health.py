@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..crnet.cross_layer_linear import b_of
@@ -84,8 +85,12 @@ def increment_ratios(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Table
     def measure(module, arguments, output):
         output = output[0] if isinstance(output, tuple) else output
         carried = module.b() * arguments[1]
-        increment = torch.linalg.vector_norm((output - carried).float())
-        ratios[module] = increment / torch.linalg.vector_norm(carried.float()).clamp_min(1e-30)
+        squares = torch.stack([x.float().square().sum() for x in (output - carried, carried)])
+        split = getattr(module, "split", None)
+        if split is not None and split.by_columns:  # tensor parallelism: a slice of both
+            dist.all_reduce(squares, group=split.group)
+        increment, base = squares.sqrt()
+        ratios[module] = increment / base.clamp_min(1e-30)
 
     linears = cross_layer_linears(model)
     hooks = [m.register_forward_hook(measure) for modules in linears.values() for m in modules if m is not None]

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CrossLayerError, RunInterruptedError, RunStoppedError, TrainingError
-from . import analyze, bench, compare, evaluate, finetune, generate, interrupt, plan, pretrain, recipes
+from . import analyze, bench, compare, evaluate, export, finetune, generate, interrupt, plan, pretrain, recipes
 from .common import help_without_arguments
 from .ranges import checked
 
@@ -28,6 +28,7 @@ app.command(context_settings=ANY_FIELD)(checked(finetune.finetune))
 app.command(context_settings=ANY_FIELD)(checked(compare.compare))
 app.command()(checked(evaluate.evaluate))
 app.command()(checked(generate.generate))
+app.command()(checked(export.export))
 app.command()(checked(plan.plan))
 app.command()(checked(analyze.analyze))
 app.add_typer(bench.bench, name="bench")

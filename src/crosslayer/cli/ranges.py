@@ -60,7 +60,7 @@ OPTIONS: dict[str, Range] = {
     ),
     "block_size": LENGTH,
     **dict.fromkeys(
-        ("recompute_interval", "resume_from", "turns", "seeds", "tuning_steps", "validation_blocks"), COUNT
+        ("step", "recompute_interval", "resume_from", "turns", "seeds", "tuning_steps", "validation_blocks"), COUNT
     ),
     **dict.fromkeys(("warm_up", "tuning_runs", "top_k"), COUNT_OR_0),
     **dict.fromkeys(("methods", "positions"), Range("names with commas between them", _names)),

@@ -1,6 +1,20 @@
-"""Callbacks of every run: it logs, evaluates and saves as often as it was asked to."""
+"""Callbacks of runs: one logs, evaluates and saves as often as it was asked to."""
+
+from typing import Any
 
 from transformers import TrainerCallback
+
+from .gradient_release import release_gradients
+
+
+class ReleaseGradients(TrainerCallback):
+    """Steps within the backward (gradient_release.py), once the run's own optimizer is there."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        release_gradients(self.trainer.own_optimizer())
 
 
 class OwnIntervals(TrainerCallback):

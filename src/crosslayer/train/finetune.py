@@ -26,6 +26,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 
 from ..data.fit import check_ids, input_length
 from ..data.tasks import Task, load_task, tokenize
@@ -33,8 +34,9 @@ from ..errors import CheckpointError, ConfigError, TrainingError
 from ..evaluate.task_metrics import check_metrics_available
 from ..loading import ADAPTER_FOLDER, MODEL_FOLDER, load_pretrained
 from ..provenance import describe_run
+from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .finetune_report import FinetuneReport, write_finetune_report
-from .methods import AdapterConfig, Attached, attach, count_trained, head_parameters
+from .methods import CHANGING, AdapterConfig, Attached, attach, count_trained, head_parameters
 from .progress import shows_bars
 from .recipe import FinetuneRecipe, build_finetune_recipe, read_recipe
 from .resume import (
@@ -60,7 +62,7 @@ from .run_folder import (
     write_json,
 )
 from .task_trainer import TaskTrainer
-from .trainer import SafeTrainer, check_metric, describe_device, nothing_left_behind, training_arguments
+from .trainer import SafeTrainer
 
 
 @dataclass(kw_only=True)
@@ -113,10 +115,14 @@ def finetune(
     arguments = build_arguments(recipe, task, output_dir)
     if resume:
         changes += changes_of_training(arguments, build_arguments(earlier, task, output_dir), output_dir)
+    # Others train a head, or everything, or other parameters at the end than at the start.
+    is_fixed = task.kind == "instruction" and recipe.adapter.is_peft and recipe.adapter.method not in CHANGING
+    mesh = recipe.parallel.check_frozen(arguments.world_size, is_fixed=is_fixed)
     set_seed(arguments.seed)
-    model, tokenizer = load_base(recipe.model, task, recipe.adapter)
+    model, tokenizer = load_base(recipe.model, task, recipe.adapter, mesh)
     max_length = input_length(recipe.data.max_length, model)
-    fingerprints = _fingerprints_of(task, model, tokenizer) if is_main_process() else {}
+    # Of a model that processes share, all of them have a part.
+    fingerprints = _fingerprints_of(task, model, tokenizer) if mesh is not None or is_main_process() else {}
     if resume and is_main_process():
         check_fingerprints(fingerprints, output_dir)
     attached = attach(model, recipe.adapter, task.kind)
@@ -233,12 +239,16 @@ def train_once(recipe: FinetuneRecipe, callbacks: Sequence[TrainerCallback] = ()
 # ---------------------------------------------------------------------------------------------------- building
 
 
-def load_base(name: str, task: Task, adapter: AdapterConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pre-trained model, with a new head where the task needs one, and its tokenizer.
+def load_base(
+    name: str, task: Task, adapter: AdapterConfig, mesh: DistributedConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pre-trained model, with a new head where the task needs one, and its tokenizer; of a mesh, our part of it.
 
     Weights keep their dtype when they stay frozen and are float32 when they train. Raises CheckpointError.
     """
     settings: dict[str, Any] = {"dtype": "auto" if adapter.is_peft else torch.float32}
+    if mesh is not None:
+        settings["distributed_config"] = mesh
     auto_class = "AutoModelForCausalLM"
     if task.kind != "instruction":
         auto_class = "AutoModelForSequenceClassification"

@@ -10,8 +10,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from ..errors import ConfigError, DataError
 from ..private import metrics_of_sft
+from .arguments import training_arguments
 from .losses import IGNORE_INDEX
-from .trainer import SafeTrainer, training_arguments
+from .trainer import SafeTrainer
 
 try:
     from trl import SFTConfig, SFTTrainer

@@ -10,11 +10,12 @@ from transformers import TrainerCallback
 from ..accounting import peak_flops, training_flops_per_token
 from ..analysis.health import HealthLog, b_values, gradient_norms, increment_ratios, largest_increment
 from ..crnet import CRNetConfig
+from .parallel import reshard, whole
 
 
 def beta_range(model: torch.nn.Module) -> dict[str, float]:
     """Smallest and largest beta of a CR-Net model; nothing for other models."""
-    betas = [p.detach().reshape(()) for name, p in model.named_parameters() if name.rpartition(".")[2] == "beta"]
+    betas = [whole(p.detach()).reshape(()) for name, p in model.named_parameters() if name.rpartition(".")[2] == "beta"]
     if not betas:
         return {}
     values = torch.stack(betas)
@@ -63,8 +64,9 @@ class Health(TrainerCallback):
     Gradients are read before the optimizer takes them, that is after clipping.
     """
 
-    def __init__(self, log: HealthLog, unwrap: Callable, autocast: Callable) -> None:
+    def __init__(self, log: HealthLog, unwrap: Callable, autocast: Callable, released: bool) -> None:
         self.log = log
+        self.released = released  # gradients are gone by then
         self.unwrap = unwrap
         self.autocast = autocast
         self.inputs: dict[str, torch.Tensor] = {}
@@ -78,6 +80,8 @@ class Health(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         if _will_log(args, state):
             self.gradients = gradient_norms(model)
+            if self.released:
+                self.gradients = {name: [None] * len(norms) for name, norms in self.gradients.items()}
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if not self.gradients:
@@ -88,6 +92,7 @@ class Health(TrainerCallback):
         }
         with self.autocast():
             ratios = increment_ratios(model, sequence)
+        reshard(model)
         record = {
             "step": state.global_step,
             "tokens": int(state.num_input_tokens_seen),

@@ -4,6 +4,8 @@
     model:            {hidden_size: 256, ...}      # fields of CRNetConfig
     data:             {data: python-library, ...}  # fields of DataConfig
     parameter_groups: {full_rank_lr_factor: 0.2}   # fields of ParameterGroups
+    optimizer:        {gradient_release: true}     # fields of OptimizerConfig
+    parallel:         {fsdp_size: 8}               # fields of Parallel
     training:         {max_steps: 600, ...}        # fields of transformers' TrainingArguments
     monitor:          {on_nonfinite: skip, ...}    # fields of Monitor
 
@@ -33,8 +35,10 @@ from ..data import DataConfig, TaskConfig
 from ..errors import ConfigError, nearest_hint
 from ..ranges import out_of_range
 from ..recipes import recipe_path
+from .gradient_release import OptimizerConfig
 from .methods import AdapterConfig
 from .monitor import Monitor
+from .parallel import Parallel
 from .parameter_groups import ParameterGroups
 from .ranges import MODEL, PRETRAINING, TRAINING, warmup_problem
 from .values import convert, describe, load_yaml, plain
@@ -91,13 +95,19 @@ class Recipe(_AnyRecipe):
     parameter_groups: ParameterGroups = field(default_factory=ParameterGroups)
     """Factors on the learning rate."""
 
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """What the fields of TrainingArguments do not say of the optimizer."""
+
+    parallel: Parallel = field(default_factory=Parallel)
+    """How several processes share the model."""
+
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
     monitor: Monitor = field(default_factory=Monitor)
     """What it does about numbers that go wrong, and about its time."""
 
-    SECTIONS = ("training", "model", "data", "parameter_groups", "monitor")
+    SECTIONS = ("training", "model", "data", "parameter_groups", "optimizer", "parallel", "monitor")
     PLAIN = ("name", "description")
 
 
@@ -120,13 +130,16 @@ class FinetuneRecipe(_AnyRecipe):
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """The method, and what it trains."""
 
+    parallel: Parallel = field(default_factory=Parallel)
+    """How several processes share the frozen model."""
+
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
     monitor: Monitor = field(default_factory=Monitor)
     """What it does about numbers that go wrong, and about its time."""
 
-    SECTIONS = ("training", "adapter", "data", "monitor")
+    SECTIONS = ("training", "adapter", "data", "parallel", "monitor")
     SPELLINGS = {"rank": "r"}  # torchrun takes --r for one of its own
     PLAIN = ("name", "description", "model")
 
@@ -250,6 +263,9 @@ def _name_problem(name: str) -> list[str]:
 _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
     (Recipe, "data"): DataConfig,
     (Recipe, "parameter_groups"): ParameterGroups,
+    (Recipe, "optimizer"): OptimizerConfig,
+    (Recipe, "parallel"): Parallel,
+    (FinetuneRecipe, "parallel"): Parallel,
     (Recipe, "monitor"): Monitor,
     (FinetuneRecipe, "data"): TaskConfig,
     (FinetuneRecipe, "adapter"): AdapterConfig,

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,8 +27,10 @@ from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, CrossLayerError, TrainingError
 from ..loading import MODEL_FOLDER, has_model, load_saved
 from ..provenance import describe_run
+from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .callbacks import EvaluateAtTheEnd
 from .memory import choose_recompute, training_method, training_step
+from .parallel import is_split
 from .progress import shows_bars
 from .recipe import Recipe, build_recipe, read_recipe
 from .report import RunFacts, RunReport, write_card, write_report
@@ -36,6 +38,7 @@ from .resume import (
     changes_of_section,
     changes_of_training,
     check_fingerprints,
+    check_form,
     check_same_run,
     earlier_fingerprints,
     find_checkpoint,
@@ -46,6 +49,7 @@ from .resume import (
 )
 from .run_folder import (
     RECIPE_FILE,
+    RUN_FILE,
     check_output_dir,
     is_main_process,
     peak_memory_bytes,
@@ -54,13 +58,7 @@ from .run_folder import (
     write_json,
 )
 from .stream import Passes
-from .trainer import (
-    PretrainTrainer,
-    check_metric,
-    describe_device,
-    nothing_left_behind,
-    training_arguments,
-)
+from .trainer import PretrainTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -177,8 +175,7 @@ def make_plan(
     recompute: str | None = None,
 ) -> Plan:
     """What a run with this recipe and these data would do. Raises ConfigError where it would take no step."""
-    tokens_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    tokens_per_step *= recipe.data.block_size
+    tokens_per_step = rows_per_step(recipe, arguments) * recipe.data.block_size
     blocks = len(prepared.train) if hasattr(prepared.train, "__len__") else None
     steps = arguments.max_steps
     if steps <= 0:
@@ -200,7 +197,7 @@ def make_plan(
         dense_parameters=sum(count_parameters(dense_counterpart(config)).values()),
         flops_per_token=training_flops_per_token(config, recipe.data.block_size),
         estimated_memory_bytes=estimate_memory(
-            config, training_step(arguments, recipe.data.block_size), training_method(config, arguments)
+            config, training_step(recipe, arguments), training_method(config, arguments)
         ),
         recompute=recompute or config.recompute,
         train_blocks=blocks,
@@ -211,6 +208,12 @@ def make_plan(
         vocab_size=config.vocab_size,
         data=_describe_data(recipe, prepared.statistics),
     )
+
+
+def rows_per_step(recipe: Recipe, arguments: "TrainingArguments") -> int:
+    """How many blocks one optimizer step reads, in all processes together."""
+    readers = recipe.parallel.readers(arguments.world_size)
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * readers
 
 
 def pretrain(
@@ -240,15 +243,17 @@ def pretrain(
     resume = resume or resume_from is not None
     if is_main_process():
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
-    build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
+    shape = build_model_config(recipe)  # a wrong one costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
+    recipe.parallel.check(shape, arguments.world_size)
+    recipe.optimizer.check(arguments, recipe.monitor.on_nonfinite)
     changes = _check_resumption(recipe, arguments, output_dir) if resume else []
 
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
         prepared = prepare_data(recipe.data)
     config = build_model_config(recipe, prepared.tokenizer)
     is_auto = recipe.model.get("recompute") == AUTO
-    recompute = choose_recompute(config, arguments, recipe.data.block_size) if is_auto else None
+    recompute = choose_recompute(config, recipe, arguments) if is_auto else None
     plan = make_plan(recipe, config, prepared, arguments, recompute)
     fingerprints = fingerprints_of(prepared) if is_main_process() else {}
     if resume and is_main_process():
@@ -261,7 +266,8 @@ def pretrain(
     if finished is not None:
         tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return finished
-    checkpoint = find_checkpoint(arguments, output_dir, plan.steps, resume_from) if resume else None
+    checkpoint = find_checkpoint(arguments, output_dir, plan.steps, resume_from, any_processes=True) if resume else None
+    check_form(checkpoint, recipe.parallel)
     tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
     with nothing_left_behind(output_dir):
@@ -282,10 +288,13 @@ def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir
     has_fingerprints = earlier_fingerprints(output_dir) is not None and not recipe.data.streaming
     changes = check_same_run(now, earlier, ("model", "data"), output_dir, has_fingerprints)
     before = build_arguments(began, output_dir)
-    changes += changes_of_training(arguments, before, output_dir)
-    for section in ("parameter_groups", "monitor"):
-        changes += changes_of_section(now[section], earlier[section])
-    return changes
+    begun_with = read_json(output_dir / RUN_FILE)["plan"]["tokens_per_step"] // began.data.block_size
+    changes += changes_of_training(arguments, before, output_dir, (rows_per_step(recipe, arguments), begun_with))
+    return changes + [
+        change
+        for section in ("parameter_groups", "optimizer", "parallel", "monitor")
+        for change in changes_of_section(now[section], earlier[section])
+    ]
 
 
 def fingerprints_of(prepared: PreparedData) -> dict[str, str]:
@@ -311,6 +320,7 @@ def _make_trainer(
     from transformers import default_data_collator
 
     model = build_model(config, arguments.seed)
+    model = recipe.parallel.split(model, arguments.world_size, arguments.device)
     facts = RunFacts(
         recipe=recipe.to_dict(),
         run=describe_run(),
@@ -326,6 +336,7 @@ def _make_trainer(
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
         parameter_groups=recipe.parameter_groups,
+        gradient_release=recipe.optimizer.gradient_release,
         monitor=recipe.monitor,
         block_size=recipe.data.block_size,
         validation_bytes=prepared.statistics.validation.bytes,
@@ -374,6 +385,9 @@ def _train(trainer: PretrainTrainer, facts: RunFacts, output_dir: Path, checkpoi
         trainer.save_model(str(output_dir / MODEL_FOLDER))
         if trainer.args.should_save:
             write_report(output_dir, report)
+            if is_split(trainer.model):
+                whole, _ = load_saved(output_dir / MODEL_FOLDER)  # for what one process does with it
+                return replace(report, model=whole)
     except OSError as error:
         raise TrainingError(
             f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"

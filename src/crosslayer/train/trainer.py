@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,90 +11,39 @@ import torch
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..analysis.health import HealthLog, cross_layer_linears
-from ..errors import ConfigError, CrossLayerError, RunInterruptedError, RunStoppedError, TrainingError
+from ..errors import ConfigError, RunInterruptedError, RunStoppedError, TrainingError
 from ..evaluate import measure_perplexity
 from ..private import prepare_anew, set_last_rates
-from .callbacks import OwnIntervals
+from .callbacks import OwnIntervals, ReleaseGradients
 from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_manifest
 from .losses import NextTokenLoss, without_repeats
 from .measures import Health, Throughput, beta_range
 from .monitor import STATE, Monitor, StepMonitor
+from .parallel import groups_by_mesh, is_split, local, reshard
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
 from .progress import LogLines, Progress
 from .sampler import LengthGroups
+from .sharded import ShardWriter, has_shards, load_optimizer, load_weights
 from .stopping import StopEarly
-
-
-def training_arguments(kind: type[TrainingArguments], settings: dict[str, Any], output_dir: Path) -> TrainingArguments:
-    """Arguments of a run, with `bf16: auto` decided. Raises ConfigError for values that cannot work."""
-    settings = dict(settings)
-    use_cuda = torch.cuda.is_available() and not settings.get("use_cpu", False)
-    if settings.get("bf16") == "auto":
-        settings["bf16"] = use_cuda and torch.cuda.is_bf16_supported()
-    if not use_cuda:
-        settings.setdefault("dataloader_pin_memory", False)
-    try:
-        arguments = kind(output_dir=str(output_dir), logging_nan_inf_filter=False, **settings)
-        arguments.to_json_string()  # as a checkpoint and a tracker keep them
-    except Exception as error:  # TrainingArguments and the libraries behind it fail in as many ways as there are values
-        raise ConfigError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
-    _check_intervals(arguments)
-    return arguments
-
-
-def _check_intervals(arguments: TrainingArguments) -> None:
-    if arguments.per_device_train_batch_size < 1 or arguments.gradient_accumulation_steps < 1:
-        raise ConfigError(
-            f"per_device_train_batch_size={arguments.per_device_train_batch_size} and gradient_accumulation_steps="
-            f"{arguments.gradient_accumulation_steps} must be at least 1"
-        )
-    if arguments.save_strategy == "steps" and arguments.logging_strategy == "steps":
-        save, log = arguments.save_steps, arguments.logging_steps
-        if save >= 1 and log >= 1 and save % log != 0:
-            raise ConfigError(
-                f"save_steps={save:g} is not a multiple of logging_steps={log:g}; a run resumed between two logs would "
-                "report a mean over fewer steps than an uninterrupted one"
-            )
-
-
-def check_metric(arguments: TrainingArguments, metrics: Sequence[str]) -> None:
-    """Raises ConfigError where the best checkpoint is to be chosen by a number that no evaluation gives."""
-    chosen = arguments.metric_for_best_model
-    if chosen is not None and chosen.removeprefix("eval_") not in metrics:
-        raise ConfigError(f"training.metric_for_best_model={chosen!r} is none of {', '.join(metrics)}")
-
-
-@contextmanager
-def nothing_left_behind(output_dir: Path) -> Iterator[None]:
-    """For what is made before a run's folder is: turns what libraries refuse into ConfigError, and removes the empty
-    folder that the Trainer makes."""
-    existed = output_dir.exists()
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError) as error:
-        if not existed and output_dir.is_dir():
-            with suppress(OSError):
-                output_dir.rmdir()
-        if isinstance(error, CrossLayerError):
-            raise
-        raise ConfigError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
-
-
-def describe_device(arguments: TrainingArguments) -> tuple[str, str, str]:
-    """(device, why this one, precision) in words."""
-    precision = "bf16 autocast" if arguments.bf16 else "fp16 autocast" if arguments.fp16 else "float32"
-    if arguments.device.type == "cuda":
-        return torch.cuda.get_device_name(arguments.device), "CUDA is available", precision
-    reason = "use_cpu is set" if arguments.use_cpu else "CUDA is not available"
-    return f"cpu, {torch.get_num_threads()} threads", reason, precision
-
 
 _OF_GROUPS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 """Settings of parameter groups that a resumed run may change; the rate comes from the schedule."""
+
+
+@contextmanager
+def _unrefused(arguments: TrainingArguments, model: Any) -> Iterator[None]:
+    """The Trainer refuses checkpoints to go on from of a model that processes share; it is not asked to write them."""
+    weights_only = arguments.save_only_model
+    arguments.save_only_model = weights_only or is_split(model)
+    try:
+        yield
+    finally:
+        arguments.save_only_model = weights_only
 
 
 class SafeTrainer(Trainer):
@@ -107,6 +56,7 @@ class SafeTrainer(Trainer):
     - `log`: the loss is the mean over the steps since the last log, also where a run was resumed between two;
     - `train`: with several processes they train one model also after an evaluation;
     - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite; adds hashes;
+    - a model that processes share is saved and gone on with in parts (sharded.py), which the Trainer cannot do;
     - `_get_train_sampler`: rows grouped by length come in an order that a resumed run finds again;
     - `get_batch_samples`: rows that accelerate repeats to give every process as many do not count a second time;
     - `_run_epoch`: a run that goes on from its last step takes no other;
@@ -118,7 +68,10 @@ class SafeTrainer(Trainer):
     control: TrainerControl
 
     def __init__(self, *args, monitor: Monitor | None = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+        with _unrefused(kwargs["args"], kwargs.get("model")):
+            super().__init__(*args, **kwargs)
+        is_adapted = hasattr(self.model, "peft_config")  # whole in every process, and all that is saved
+        self.shards = ShardWriter() if is_split(self.model) and not is_adapted else None
         settings = monitor or Monitor()
         self.monitor = StepMonitor(settings, self.last_good_checkpoint)
         self.stopping = StopEarly(settings.max_hours)
@@ -160,6 +113,7 @@ class SafeTrainer(Trainer):
         self._most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super().train(*args, **kwargs)
+            self._wait_for_shards()
         finally:
             self.args.save_total_limit = self._most_checkpoints
         best = self.state.best_model_checkpoint
@@ -240,13 +194,14 @@ class SafeTrainer(Trainer):
         data = self.accelerator.gradient_state
         if self.args.world_size == 1 or not data.end_of_dataloader or data.remainder < 1 or "labels" not in batch:
             return batch
-        first_row = self.args.process_index * len(batch["labels"])
+        first_row = self.args.process_index // self.get_tp_size() * len(batch["labels"])
         return {**batch, "labels": without_repeats(batch["labels"], first_row, data.remainder)}
 
     def _save_checkpoint(self, model, trial) -> None:
+        self._wait_for_shards()
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        if not all(bool(local(parameter).isfinite().all()) for parameter in self.model.parameters()):
             raise TrainingError(f"weights are not finite at step {step}; {self.last_good_checkpoint()}")
         self.state.stateful_callbacks[STATE] = self.monitor.state()
         try:
@@ -255,13 +210,62 @@ class SafeTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise self._not_written(step, error) from error
         self.accelerator.wait_for_everyone()  # every process has written its random state
-        try:
+        best = self.state.best_model_checkpoint
+
+        def finish() -> None:
             if self.args.should_save:
                 write_manifest(folder, processes=self.args.world_size, weights_only=bool(self.args.save_only_model))
                 # Older ones go when this one is whole, hashes and all; and only folders that are checkpoints.
-                remove_old(folder.parent, folder, self._most_checkpoints, self.state.best_model_checkpoint)
+                remove_old(folder.parent, folder, self._most_checkpoints, best)
+
+        try:
+            if self.shards is None or self.args.save_only_model:
+                finish()
+            else:
+                self.shards.start(folder, self.model, self.own_optimizer(), finish)
         except OSError as error:
             raise self._not_written(step, error) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.shards is None or not _internal_call or self.args.save_only_model:
+            super().save_model(output_dir, _internal_call=_internal_call)
+        elif self.args.should_save:  # of a checkpoint whose weights are written in parts
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.shards is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            torch.save(cast(LambdaLR, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def own_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without what accelerate puts around it."""
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def _wait_for_shards(self) -> None:
+        if self.shards is None:
+            return
+        try:
+            self.shards.wait()
+        except Exception as error:  # torch hands on whatever a process met
+            raise self._not_written(self.state.global_step, error) from error
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if has_shards(Path(resume_from_checkpoint)):
+            load_weights(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if has_shards(best):
+            self._wait_for_shards()
+            load_weights(best, self.accelerator.unwrap_model(self.model))
+        else:
+            super()._load_best_model()
 
     def _not_written(self, step: int, error: Exception) -> TrainingError:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -275,7 +279,11 @@ class SafeTrainer(Trainer):
         optimizer, schedule = cast(torch.optim.Optimizer, self.optimizer), self.lr_scheduler
         asked = [{name: group[name] for name in _OF_GROUPS if name in group} for group in optimizer.param_groups]
         rates = list(getattr(schedule, "base_lrs", []))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if has_shards(Path(checkpoint)):
+            load_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), self.own_optimizer())
+            cast(LambdaLR, schedule).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         # Both bring back the rates of the run that wrote them; this run has its own.
         for group, settings in zip(optimizer.param_groups, asked, strict=True):
             group.update(settings)
@@ -311,6 +319,7 @@ class PretrainTrainer(SafeTrainer):
         *args,
         parameter_groups: ParameterGroups,
         block_size: int,
+        gradient_release: bool = False,
         validation_bytes: int | None = None,
         write_card: Callable[[Path], None] | None = None,
         health_file: Path | None = None,
@@ -326,10 +335,15 @@ class PretrainTrainer(SafeTrainer):
         self.last_evaluation: dict[str, Any] | None = None
         self.throughput = Throughput(block_size)
         self.add_callback(self.throughput)
+        if gradient_release:
+            self.add_callback(ReleaseGradients(self))
         self.health = None
         if health_file is not None and cross_layer_linears(self.model):
             self.health = Health(
-                HealthLog(health_file), self.accelerator.unwrap_model, self.compute_loss_context_manager
+                HealthLog(health_file),
+                self.accelerator.unwrap_model,
+                self.compute_loss_context_manager,
+                gradient_release,
             )
             self.add_callback(self.health)
 
@@ -342,12 +356,13 @@ class PretrainTrainer(SafeTrainer):
             groups = optimizer_groups(model, self.parameter_groups, self.args.learning_rate, self.args.weight_decay)
             if "params" in settings:  # GaLore, APOLLO
                 groups = divide_groups(settings.pop("params"), groups)
+            groups = groups_by_mesh(groups)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
+        self.throughput.tokens += inputs["input_ids"].numel() * self.readers
         if self.health is not None:
             self.health.inputs = inputs
         return loss
@@ -373,9 +388,10 @@ class PretrainTrainer(SafeTrainer):
                 self.model,
                 dataloader,
                 utf8_bytes=self.validation_bytes if eval_dataset is None else None,
-                gather=self.accelerator.gather_for_metrics,
+                gather=self.gather_rows,
                 on_batch=on_batch,
             )
+        reshard(self.model)
         metrics = {
             f"{metric_key_prefix}_loss": result.loss,
             f"{metric_key_prefix}_perplexity": result.perplexity,
@@ -387,6 +403,25 @@ class PretrainTrainer(SafeTrainer):
         self.last_evaluation = {**metrics, **result.to_dict()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @property
+    def readers(self) -> int:
+        """How many processes read rows of their own."""
+        return self.args.world_size // self.get_tp_size()
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes [B, 2], those that accelerate repeats left out; of tensor parallelism's, which read
+        the same, once."""
+        if self.get_tp_size() == 1:
+            return self.accelerator.gather_for_metrics(rows)
+        data = self.accelerator.gradient_state
+        rows = self.accelerator.gather(rows).unflatten(0, (self.readers, self.get_tp_size(), -1))[:, 0].flatten(0, 1)
+        return rows[: data.remainder] if data.end_of_dataloader and data.remainder > 0 else rows
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)  # counts what a group of tensor parallelism reads for each of them
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.get_tp_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
