@@ -10,7 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 OVERRIDDEN = {
-    "transformers:Trainer": ("_save_checkpoint", "_load_optimizer_and_scheduler", "_get_num_items_in_batch"),
+    "transformers:Trainer": (
+        "_save_checkpoint",
+        "_load_optimizer_and_scheduler",
+        "_get_num_items_in_batch",
+        "_run_epoch",
+        "_save_rng_state",
+        "_load_rng_state",
+    ),
     "transformers:PreTrainedModel": ("_init_weights", "_initialize_weights", "_set_gradient_checkpointing"),
     "peft.tuners.tuners_utils:BaseTuner": (
         "_check_new_adapter_config",

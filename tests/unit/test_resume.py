@@ -347,7 +347,7 @@ def test_a_streamed_run_goes_on_in_any_pass(streamed, tmp_path, step, monkeypatc
 
     def training_step(self, *args, **kwargs):
         steps.append(self.state.global_step)
-        passes.append(self.train_dataset.stream.epoch)
+        passes.append(json.loads(self.train_dataset.positions[0])[1])
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(PretrainTrainer, "training_step", training_step)
@@ -365,17 +365,22 @@ def test_a_streamed_run_goes_on_in_any_pass(streamed, tmp_path, step, monkeypatc
 
 
 def test_passes_of_an_empty_stream_end():
+    from datasets import IterableDataset
+
     from crosslayer.errors import DataError
     from crosslayer.train.stream import Passes
 
-    class Stream(list):
-        def set_epoch(self, number):
-            self.epoch = number
+    class Stream:
+        def __init__(self, rows):
+            self.rows = rows
 
-    with pytest.raises(DataError, match="no block"):
-        next(iter(Passes(Stream())))
-    rows = iter(Passes(Stream([1, 2])))
-    assert [next(rows) for _ in range(5)] == [1, 2, 1, 2, 1]
+        def one_pass(self, number, **part):
+            return IterableDataset.from_generator(lambda: ({"row": row} for row in self.rows))
+
+    with pytest.raises(DataError, match="no block for one of its 1 readers"):
+        next(iter(Passes(Stream([]), 4)))
+    rows = iter(Passes(Stream([1, 2]), 4))
+    assert [next(rows)["row"] for _ in range(5)] == [1, 2, 1, 2, 1]
 
 
 # --------------------------------------------------------------------------------------------------- fine-tuning

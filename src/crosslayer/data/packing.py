@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from .tokenizer import document_end_id, document_start_id, encode_documents, padding_id
 
 if TYPE_CHECKING:
+    from datasets import Features
     from transformers import PreTrainedTokenizerFast
 
 IGNORE_INDEX = -100
@@ -61,6 +62,13 @@ class SplitStatistics:
 
     predicted_tokens: int | None = None
     """Labels that are not -100, over all blocks: the denominator of the mean loss."""
+
+
+def block_features() -> Features:
+    """The columns of every dataset of blocks."""
+    from datasets import Features, List, Value
+
+    return Features({name: List(Value("int32")) for name in BLOCK_COLUMNS})
 
 
 def join_documents(documents: list[list[int]], start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
@@ -139,7 +147,7 @@ class DocumentPacker:
         """Blocks completed by the texts in `batch["text"]`, whose row numbers are `indices`."""
         blocks = self.add(batch["text"])
         if self.last_index is not None and indices[-1] == self.last_index:
-            blocks = _stack(blocks, self.finish())
+            blocks = stack_blocks(blocks, self.finish())
         return blocks
 
     def add(self, texts: list[str]) -> Blocks:
@@ -194,5 +202,6 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _stack(first: Blocks, second: Blocks) -> Blocks:
+def stack_blocks(first: Blocks, second: Blocks) -> Blocks:
+    """The blocks of both, in order."""
     return {name: np.concatenate([first[name], second[name]]) for name in BLOCK_COLUMNS}

@@ -19,23 +19,23 @@ from ..ranges import LENGTH, out_of_range
 from . import cache
 from .config import DataConfig, cache_root
 from .files import quiet
-from .packing import BLOCK_COLUMNS, DocumentPacker, SplitStatistics
+from .packing import DocumentPacker, SplitStatistics, block_features
 from .sources import Source, open_source
 from .split import (
     BATCH,
     all_documents,
     first_rows,
-    is_held_out,
     read,
     split_documents,
     split_stream,
     text_batches,
     validation_documents,
 )
+from .stream import TrainingStream
 from .tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerFast
 
 
@@ -70,10 +70,10 @@ class PreparedData:
     block_size ints.
 
     `train` holds whole blocks only; the last block of `validation` is padded, so that its loss counts every
-    token. With `streaming`, `train` is an IterableDataset.
+    token. With `streaming`, `train` gives one pass after another.
     """
 
-    train: Dataset | IterableDataset
+    train: Dataset | TrainingStream
     validation: Dataset
     tokenizer: PreTrainedTokenizerFast
     statistics: DataStatistics
@@ -224,7 +224,8 @@ def _load(
         return None
     if config.streaming:
         held_out = frozenset(bytes.fromhex(digest) for digest in content["held_out"])
-        train = _training_stream(config, source, tokenizer, held_out)
+        documents = cast("IterableDataset", read(source, config.max_documents).dataset)
+        train = TrainingStream(documents=documents, tokenizer=tokenizer, config=config, held_out=held_out)
     statistics = DataStatistics(
         train=SplitStatistics(**content["train"]),
         validation=SplitStatistics(**content["validation"]),
@@ -239,47 +240,6 @@ def _load(
 
 
 # ---------------------------------------------------------------------------------------------------- blocks
-
-
-def _training_stream(
-    config: DataConfig, source: Source, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[bytes]
-) -> IterableDataset:
-    """Training blocks of a streaming source, made while they are read.
-
-    Documents are packed batch by batch and the incomplete block at the end of a batch is dropped, so that
-    the stream has no state but its position and can be resumed. A batch has at least 4 documents for each
-    token of a block, which keeps the loss below one part in twelve even for one-token documents; for web
-    pages it is one part in thousands.
-    """
-    stream: Any = read(source, config.max_documents).dataset
-    if config.shuffle_buffer:
-        stream = stream.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
-
-    return cast(
-        "IterableDataset",
-        stream.map(
-            _pack_batch,
-            batched=True,
-            batch_size=max(1000, 4 * config.block_size),
-            remove_columns=["text", "name"],
-            features=_block_features(),
-            fn_kwargs={"tokenizer": tokenizer, "config": config, "held_out": held_out},
-        ),
-    )
-
-
-def _pack_batch(
-    batch: dict[str, list[str]],
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    config: DataConfig,
-    held_out: frozenset[bytes],
-) -> dict[str, Any]:
-    """Whole blocks of the training documents in one batch, as lists: rows of a stream are handed on as they
-    are."""
-    texts = [text for text in batch["text"] if text.strip() and not is_held_out(text, config, held_out)]
-    blocks = DocumentPacker(tokenizer, config.block_size).add(texts)
-    return {name: column.tolist() for name, column in blocks.items()}
 
 
 def pack_documents(
@@ -298,7 +258,7 @@ def pack_documents(
         batch_size=BATCH,
         with_indices=True,
         remove_columns=documents.column_names,
-        features=_block_features(),
+        features=block_features(),
         load_from_cache_file=False,
         keep_in_memory=file is None,
         cache_file_name=None if file is None else str(file),
@@ -306,9 +266,3 @@ def pack_documents(
         desc="Tokenising",
     )
     return blocks, packer.statistics()
-
-
-def _block_features() -> Features:
-    from datasets import Features, List, Value
-
-    return Features({name: List(Value("int32")) for name in BLOCK_COLUMNS})

@@ -42,6 +42,8 @@ FIXED_TRAINING_FIELDS = {
 }
 """Training fields that stay as they were, and why."""
 
+FIXED_BY_STREAMS = {"dataloader_num_workers": "every worker reads a part of the stream"}
+
 _UNSAID = {"output_dir", "local_rank", "hub_token", "run_name", "logging_dir", "resume_from_checkpoint"}
 """Fields that change nothing about a run, or are nobody's business."""
 
@@ -93,14 +95,21 @@ def _is_same_place(one: Any, other: Any) -> bool:
         return False
 
 
-def changes_of_training(now: "TrainingArguments", earlier: "TrainingArguments", output_dir: Path) -> list[str]:
-    """The training fields that differ, as "name=value (was value)". Raises ConfigError for those that must not."""
+def changes_of_training(
+    now: "TrainingArguments", earlier: "TrainingArguments", output_dir: Path, *, streaming: bool = False
+) -> list[str]:
+    """The training fields that differ, as "name=value (was value)". Raises ConfigError for those that must not.
+
+    Args:
+        streaming: the workers of the loader divide the rows among themselves.
+    """
+    fixed = FIXED_TRAINING_FIELDS | (FIXED_BY_STREAMS if streaming else {})
     values, were = now.to_dict(), earlier.to_dict()
     differ = [name for name in values if name not in _UNSAID and values[name] != were.get(name)]
     problems = [
-        f"{name}={values[name]!r}, was {were[name]!r}: {FIXED_TRAINING_FIELDS[name]}"
+        f"{name}={values[name]!r}, was {were[name]!r}: {fixed[name]}"
         for name in differ
-        if name in FIXED_TRAINING_FIELDS
+        if name in fixed
     ]
     has_state = any(kind in str(run["lr_scheduler_type"]) for kind in _WITH_STATE for run in (values, were))
     problems += [

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -23,6 +23,7 @@ from ..crnet import crnet_config
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
 from ..data.files import printable
 from ..data.fit import check_special_tokens, ids_needed
+from ..data.stream import TrainingStream
 from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, CrossLayerError, RunInterruptedError, TrainingError
 from ..loading import MODEL_FOLDER, has_model, load_saved
@@ -52,7 +53,7 @@ from .run_folder import (
     read_json,
     write_json,
 )
-from .stream import Passes
+from .stream import Passes, check_streaming
 from .trainer import (
     PretrainTrainer,
     check_metric,
@@ -178,7 +179,7 @@ def make_plan(
     """What a run with this recipe and these data would do. Raises ConfigError where it would take no step."""
     tokens_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     tokens_per_step *= recipe.data.block_size
-    blocks = len(prepared.train) if hasattr(prepared.train, "__len__") else None
+    blocks = None if isinstance(prepared.train, TrainingStream) else len(prepared.train)
     steps = arguments.max_steps
     if steps <= 0:
         if blocks is None:
@@ -237,6 +238,8 @@ def pretrain(
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
+    if recipe.data.streaming:
+        check_streaming(arguments)
     changes = _check_resumption(recipe, arguments, output_dir) if resume else []
 
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
@@ -275,7 +278,7 @@ def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir
     has_fingerprints = earlier_fingerprints(output_dir) is not None and not recipe.data.streaming
     changes = check_same_run(now, earlier, ("model", "data"), output_dir, has_fingerprints)
     before = build_arguments(began, output_dir)
-    changes += changes_of_training(arguments, before, output_dir)
+    changes += changes_of_training(arguments, before, output_dir, streaming=recipe.data.streaming)
     return changes + changes_of_section(now["parameter_groups"], earlier["parameter_groups"])
 
 
@@ -285,8 +288,8 @@ def fingerprints_of(prepared: PreparedData) -> dict[str, str]:
         "tokenizer": tokenizer_fingerprint(prepared.tokenizer),
         "validation data": fingerprint_of_blocks(prepared.validation),
     }
-    if hasattr(prepared.train, "__len__"):
-        found["training data"] = fingerprint_of_blocks(cast("Dataset", prepared.train))
+    if not isinstance(prepared.train, TrainingStream):
+        found["training data"] = fingerprint_of_blocks(prepared.train)
     return found
 
 
@@ -312,7 +315,7 @@ def _make_trainer(
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
-        train_dataset=prepared.train if plan.train_blocks is not None else Passes(prepared.train),
+        train_dataset=_training_rows(prepared.train, arguments),
         eval_dataset=prepared.validation,
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
@@ -323,6 +326,10 @@ def _make_trainer(
         health_file=output_dir / HEALTH_FILE,
     )
     return trainer, facts
+
+
+def _training_rows(train: "Dataset | TrainingStream", arguments: "TrainingArguments") -> "Dataset | Passes":
+    return Passes(train, arguments.train_batch_size) if isinstance(train, TrainingStream) else train
 
 
 def _train(

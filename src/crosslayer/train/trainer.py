@@ -24,6 +24,7 @@ from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_
 from .losses import NextTokenLoss, without_repeats
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
 from .progress import LogLines, Progress
+from .stream import StreamTrainer
 
 
 def training_arguments(kind: type[TrainingArguments], settings: dict[str, Any], output_dir: Path) -> TrainingArguments:
@@ -221,8 +222,8 @@ class SafeTrainer(Trainer):
         return f"the last good checkpoint is {checkpoint} (go on from it with --resume)"
 
 
-class PretrainTrainer(SafeTrainer):
-    """SafeTrainer with five differences, each in one method.
+class PretrainTrainer(StreamTrainer, SafeTrainer):
+    """SafeTrainer, for streams too, with five differences, each in one method.
 
     - `create_optimizer`: learning-rate factors and weight decay by kind of parameter;
     - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
