@@ -42,8 +42,7 @@ def prepared(tmp_path_factory):
 def test_every_document_is_read_by_one_reader_once(prepared, files, readers, shuffle_buffer):
     texts, data = prepared(files, shuffle_buffer=shuffle_buffer)
     parts = [
-        documents_of(data.train.one_pass(reader=reader, readers=readers), data.tokenizer)
-        for reader in range(readers)
+        documents_of(data.train.one_pass(reader=reader, readers=readers), data.tokenizer) for reader in range(readers)
     ]
     assert Counter(itertools.chain(*parts)) == Counter(trained(texts))
     assert max(map(len, parts)) - min(map(len, parts)) < 40, "parts of very different sizes"
@@ -114,7 +113,9 @@ def test_a_local_stream_holds_out_what_the_same_files_would(tmp_path):
 
 
 def test_what_a_stream_refuses(tmp_path):
-    with pytest.raises(ConfigError, match="streaming is for files, folders and hub datasets, not data='python-library'"):
+    with pytest.raises(
+        ConfigError, match="streaming is for files, folders and hub datasets, not data='python-library'"
+    ):
         stream_config("python-library", tmp_path)
     write_shards(tmp_path / "texts", 2, 90)
     (tmp_path / "texts" / "1.jsonl").write_text('{"text": "fine"}\n' * 40 + "{broken\n")

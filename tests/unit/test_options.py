@@ -15,7 +15,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslayer.cli import analyze, app, bench, compare, evaluate, finetune, generate, main, plan, pretrain, recipes
+from crosslayer.cli import analyze, app, bench, compare, evaluate, finetune, generate, main, plan, prepare, pretrain
+from crosslayer.cli import recipes as recipes_verb
 from crosslayer.cli.ranges import OPTIONS
 from crosslayer.train.run import pretrain as run_pretraining
 from property_cases import cases, long_enough
@@ -25,13 +26,14 @@ from tiny_run import tiny_content, tiny_recipe, write_texts
 pytestmark = long_enough
 VERBS = {
     "pretrain": pretrain.pretrain,
+    "prepare": prepare.prepare,
     "finetune": finetune.finetune,
     "evaluate": evaluate.evaluate,
     "generate": generate.generate,
     "plan": plan.plan,
     "analyze": analyze.analyze,
     "compare": compare.compare,
-    "recipes": recipes.recipes,
+    "recipes": recipes_verb.recipes,
     "bench memory": bench.memory,
     "bench speed": bench.speed,
 }
@@ -88,6 +90,7 @@ def arguments_of(verb, root):
     out = f"--output_dir={root / 'out'}"
     return {
         "pretrain": [f"--recipe={root / 'recipe.yaml'}", out, "--dry-run"],
+        "prepare": [f"--recipe={root / 'recipe.yaml'}", f"--output={root / 'out'}"],
         "finetune": [f"--model={root / 'encoder'}", "--task=sst2", f"--data={root / 'sst2'}", "--use_cpu", "--dry-run"],
         "evaluate": [str(root / "run"), f"--data={root / 'few'}"],
         "generate": [str(root / "run"), "--max_new_tokens=2", "--prompt=the"],

@@ -183,8 +183,8 @@ def read_files(files: list[ScannedFile], options: ReadingOptions) -> tuple[Datas
 
 
 def stream_files(files: list[ScannedFile], options: ReadingOptions) -> IterableDataset:
-    """The documents of `read_files`, read when they are asked for; every file is a shard. What is left out or cut is not
-    counted. Raises DataError as it does, for what is inside a file from within the iteration."""
+    """The documents of `read_files`, read when they are asked for; every file is a shard, and what is left out or cut
+    is not counted. Raises DataError as it does, for what is inside a file from within the iteration."""
     from datasets import IterableDataset
 
     _broken(files, options)

@@ -30,9 +30,10 @@ from .files import (
     missing_column,
     pieces,
     read_files,
-    stream_files,
     scan_file,
+    stream_files,
 )
+from .prepared import is_prepared
 from .spool import document_features, documents_from_pairs
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class FileSource:
         )
 
     def read(self) -> Documents:
-        """All documents of the files in order, then the extra ones; of a streamed source read when they are asked for."""
+        """All documents of the files in order, then the extra ones; streamed, they are read when they are asked for."""
         from datasets import concatenate_datasets
 
         if self._streaming:
@@ -134,6 +135,8 @@ def local_files(spec: str, config: DataConfig) -> FileSource:
     """A file or a folder. Raises DataError when it is missing, empty, or of an unknown kind."""
     path = local_path(spec)
     if os.path.isdir(path):  # False, not an error, for a name that no folder can have
+        if is_prepared(path):
+            raise DataError(f"{spec} holds prepared blocks, not text; pretrain and compare take it as their data")
         files = [scan_file(found, found.relative_to(path).as_posix()) for found in find_files(path)]
         files = [file for file in files if file.size > 0 or file.problem]
         if not files:

@@ -106,11 +106,7 @@ def changes_of_training(
     fixed = FIXED_TRAINING_FIELDS | (FIXED_BY_STREAMS if streaming else {})
     values, were = now.to_dict(), earlier.to_dict()
     differ = [name for name in values if name not in _UNSAID and values[name] != were.get(name)]
-    problems = [
-        f"{name}={values[name]!r}, was {were[name]!r}: {fixed[name]}"
-        for name in differ
-        if name in fixed
-    ]
+    problems = [f"{name}={values[name]!r}, was {were[name]!r}: {fixed[name]}" for name in differ if name in fixed]
     has_state = any(kind in str(run["lr_scheduler_type"]) for kind in _WITH_STATE for run in (values, were))
     problems += [
         f"{name}={values[name]!r}, was {were[name]!r}: the rate is a state of lr_scheduler_type"

@@ -107,7 +107,7 @@ class Passes(IterableDataset):
         content = read_json(folder / _file_of(process))
         if not isinstance(content, dict):
             raise CheckpointError(
-                f"{folder / _file_of(process)} cannot be read, so that it is not known where in the stream the run was; "
+                f"{folder / _file_of(process)} cannot be read, so that where the run was is not known; "
                 "put it back, or start again in another --output_dir"
             )
         self.last_worker = content["last_worker"]
