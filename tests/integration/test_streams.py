@@ -79,7 +79,7 @@ def run(root, processes, workers, resumptions):
 def test_documents_are_trained_on_once(tmp_path, processes, workers, files):
     """Two passes and more: in the first, each document comes up once in all processes and workers together. Half of
     the cases go on twice: what they read and lose is what an undisturbed run does."""
-    texts = write_shards(tmp_path / "stream", files, 80)
+    texts = write_shards(tmp_path / "stream", files, 40)
     tokenizer = prepare_data(recipe_of(tmp_path, workers, STEPS).data).tokenizer
     ranks = run(tmp_path, processes, workers, [4, 8] if workers else [])
     parts = []
@@ -93,10 +93,11 @@ def test_documents_are_trained_on_once(tmp_path, processes, workers, files):
     assert len(parts) == processes * max(workers, 1)
     assert Counter(itertools.chain(*parts)) == Counter(trained)
     for rank in ranks:
-        whole, again = rank["whole"], rank["again"]
+        whole = rank["whole"]
         assert len(whole["losses"]) == STEPS
         assert len(whole["evaluated"]) >= 3, "evaluated while streaming"
         if workers:
+            again = rank["again"]
             assert again["losses"] == whole["losses"]
             assert again["evaluated"] == whole["evaluated"]
             for batch, expected in zip(again["read"], whole["read"], strict=True):

@@ -315,7 +315,7 @@ def _make_trainer(
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
-        train_dataset=_training_rows(prepared.train, arguments),
+        train_dataset=training_rows(prepared.train, arguments),
         eval_dataset=prepared.validation,
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
@@ -328,7 +328,8 @@ def _make_trainer(
     return trainer, facts
 
 
-def _training_rows(train: "Dataset | TrainingStream", arguments: "TrainingArguments") -> "Dataset | Passes":
+def training_rows(train: "Dataset | TrainingStream", arguments: "TrainingArguments") -> "Dataset | Passes":
+    """What the Trainer takes: blocks, or passes over a stream of them."""
     return Passes(train, arguments.train_batch_size) if isinstance(train, TrainingStream) else train
 
 
