@@ -423,11 +423,11 @@ def test_two_processes_may_race(make, monkeypatch):
     """The other one finishes while this one is still writing."""
     original = prepare_module._build
 
-    def slow_build(folder, config, *rest):
+    def slow_build(folder, given, *rest):
         with monkeypatch.context() as patch:
             patch.setattr(prepare_module, "_build", original)
-            assert not prepare_data(config).statistics.cache_hit
-        original(folder, config, *rest)
+            assert not prepare_data(given.config).statistics.cache_hit
+        original(folder, given, *rest)
 
     monkeypatch.setattr(prepare_module, "_build", slow_build)
     prepared = prepare_data(make())
