@@ -4,8 +4,6 @@ python benchmarks/accounting.py            prints the tables of docs/accounting.
 python benchmarks/accounting.py --write    puts them there, between its markers
 """
 
-import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
 from crosslayer.accounting import (
@@ -21,6 +19,7 @@ from crosslayer.accounting import (
 )
 from crosslayer.accounting.memory import optimizer_bytes
 from crosslayer.accounting.parameters import count_relora_factors
+from page_tables import run, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "accounting.md"
 SIZES = ("60m", "130m", "350m", "1b", "7b", "13b")
@@ -39,12 +38,6 @@ GALORE_TABLE = {
     "1b": {"full": 7.80, "GaLore": 4.38, "low rank": 3.57, "ReLoRA": 6.17},
 }
 SLTRAIN_FIGURE = {"full": 8.0, "GaLore": 4.8, "low rank": 3.7, "SLTrain": 4.1, "ReLoRA": 6.3}
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def total(shape: Shape) -> int:
@@ -240,26 +233,5 @@ TABLES = {
 }
 
 
-def filled(page: str) -> str:
-    """The page with every table between its markers made again."""
-    for name, make in TABLES.items():
-        start, end = f"<!-- table: {name} -->\n", f"\n<!-- end: {name} -->"
-        before, found, rest = page.partition(start)
-        if not found or end not in rest:
-            raise SystemExit(f"{PAGE.name} has no place for the table {name!r}")
-        page = before + start + make() + end + rest.partition(end)[2]
-    return page
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"write them into docs/{PAGE.name}")
-    if parser.parse_args().write:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-        return
-    for name, make in TABLES.items():
-        print(f"{name}\n\n{make()}\n")
-
-
 if __name__ == "__main__":
-    main()
+    run(PAGE, TABLES, __doc__)

@@ -34,10 +34,15 @@ from crosslayer.data import tasks as data_tasks
 from crosslayer.lor2c import LoR2CConfig
 from crosslayer.methods import FINETUNING
 from crosslayer.ranges import AT_LEAST_0, MOST_TOKENS, NAME, Range
+from crosslayer.train import parallel
 from crosslayer.train import ranges as training_ranges
 from crosslayer.train.finetune import default_training as finetuning_defaults
+from crosslayer.train.gradient_release import OptimizerConfig
 from crosslayer.train.methods import RANGES as ADAPTER_RANGES
 from crosslayer.train.methods import AdapterConfig
+from crosslayer.train.monitor import RANGES as MONITOR_RANGES
+from crosslayer.train.monitor import Monitor
+from crosslayer.train.parallel import Parallel
 from crosslayer.train.parameter_groups import ParameterGroups
 from crosslayer.train.recipe import RESERVED_TRAINING_FIELDS, FinetuneRecipe, Recipe, build_recipe
 from crosslayer.train.run import default_training as pretraining_defaults
@@ -50,8 +55,8 @@ INTRODUCTION = """\
 <!-- Written by docs/make_options.py from docstrings, ranges and help texts: change those, then run it. -->
 
 Every field of [recipes to pre-train](#recipes-to-pre-train) and [to fine-tune](#recipes-to-fine-tune), of
-[`training`](#training), of [models](#configurations-of-models) and of [LoR2C](#lor2cconfig); every option of the
-[verbs](#verbs).
+[`monitor`](#monitor), of [`training`](#training), of [models](#configurations-of-models) and of [LoR2C](#lor2cconfig);
+every option of the [verbs](#verbs).
 
 **How a field is written.** In a recipe as `field: value` below its section. As an option of `pretrain` and `compare`
 (recipes to pre-train) or of `finetune` (recipes to fine-tune) as `--field value`, with `_` or `-`; where two sections
@@ -234,8 +239,23 @@ def recipes() -> str:
     """Both kinds of recipe, section by section."""
     parts = ["## Recipes to pre-train\n"]
     for kind, sections in (
-        (Recipe, {"data": (DataConfig, data_config.RANGES), "parameter_groups": (ParameterGroups, None)}),
-        (FinetuneRecipe, {"data": (TaskConfig, data_tasks.RANGES), "adapter": (AdapterConfig, ADAPTER_RANGES)}),
+        (
+            Recipe,
+            {
+                "data": (DataConfig, data_config.RANGES),
+                "parameter_groups": (ParameterGroups, None),
+                "optimizer": (OptimizerConfig, None),
+                "parallel": (Parallel, parallel.RANGES),
+            },
+        ),
+        (
+            FinetuneRecipe,
+            {
+                "data": (TaskConfig, data_tasks.RANGES),
+                "adapter": (AdapterConfig, ADAPTER_RANGES),
+                "parallel": (Parallel, parallel.RANGES),
+            },
+        ),
     ):
         if kind is FinetuneRecipe:
             parts.append("## Recipes to fine-tune\n")
@@ -246,6 +266,12 @@ def recipes() -> str:
             parts.append(f"{first_sentence(one_line(cls.__doc__ or ''))}\n")
             parts.append(table(rows_of(cls, attribute_docs(cls), known)))
     return "\n".join(parts)
+
+
+def monitor() -> str:
+    """The section that both kinds of recipe have."""
+    rows = rows_of(Monitor, attribute_docs(Monitor), MONITOR_RANGES)
+    return "\n".join(["## `monitor`\n", f"{first_sentence(one_line(Monitor.__doc__ or ''))}\n", table(rows)])
 
 
 def training() -> str:
@@ -438,7 +464,7 @@ def option_row(where: str, parameter: inspect.Parameter) -> Row:
 
 def page() -> str:
     """The whole page. Raises LookupError for a field without a docstring or an option without a help text."""
-    parts = (recipes(), training(), configurations(), adapters(), verbs())
+    parts = (recipes(), monitor(), training(), configurations(), adapters(), verbs())
     return INTRODUCTION + "\n".join(parts)
 
 

@@ -31,6 +31,10 @@ class RunInterruptedError(TrainingError):
     """A run was interrupted from the keyboard."""
 
 
+class RunStoppedError(TrainingError):
+    """A run was asked to end before its last step, by a signal or `max_hours`; its checkpoint is saved."""
+
+
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """The one of `allowed` that `value` was probably meant to be; None where none is near."""
     from difflib import get_close_matches

@@ -12,9 +12,15 @@ from typing import Any
 OVERRIDDEN = {
     "transformers:Trainer": (
         "_save_checkpoint",
+        "_save_optimizer_and_scheduler",
         "_load_optimizer_and_scheduler",
-        "_get_num_items_in_batch",
+        "_load_from_checkpoint",
+        "_load_best_model",
         "_run_epoch",
+        "_track_num_input_tokens",
+        "_get_num_items_in_batch",
+        "_get_grad_norm",
+        "_get_train_sampler",
         "_save_rng_state",
         "_load_rng_state",
     ),
@@ -124,6 +130,31 @@ def is_replica(module: Any) -> bool:
     return getattr(module, "_is_replica", False)
 
 
+def let_cpus_share_models() -> None:
+    """accelerate knows tensor parallelism on accelerators alone, by one check; all else works on CPU processes too."""
+    from accelerate import ParallelismConfig
+    from accelerate.utils import DistributedType
+
+    check = ParallelismConfig._validate_accelerator
+    if getattr(check, "lets_cpus", False):
+        return
+
+    def validate(config: Any, accelerator: Any) -> None:
+        if accelerator.distributed_type != DistributedType.MULTI_CPU:
+            check(config, accelerator)
+
+    validate.lets_cpus = True  # type: ignore[attr-defined]
+    ParallelismConfig._validate_accelerator = validate
+
+
+def without_strided_shards(state: Any, like: Any = None) -> Any:
+    """Nested tensors with every strided shard (FSDP2 over tensor parallelism) as a plain one, which
+    torch.distributed.checkpoint can write; or back to where those of `like` lie."""
+    from transformers.distributed.checkpoint import _redistribute_state_dict
+
+    return _redistribute_state_dict(state, like)
+
+
 def run_exit_functions() -> None:
     """What `atexit` would run at the end of this process, now."""
     run: Callable[[], None] = atexit._run_exitfuncs
@@ -139,10 +170,12 @@ __all__ = [
     "fused_attention_on_cpu",
     "grouped_product",
     "is_replica",
+    "let_cpus_share_models",
     "metrics_of_sft",
     "model_from_config",
     "prepare_anew",
     "run_exit_functions",
     "set_last_rates",
     "storage_address",
+    "without_strided_shards",
 ]

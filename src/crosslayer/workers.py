@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
@@ -37,9 +37,24 @@ def initialize_worker(then: Callable[[], None] | None = None) -> None:
         then()
 
 
+def hear_parent_alone(signals: Collection[signal.Signals]) -> None:
+    """In a forked worker: these signals, which schedulers send to all processes of a job, end it when its parent sends
+    them (as loaders do), and are the parent's business when others do."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=_end_at_word_of, args=(os.getppid(), signals), daemon=True).start()
+
+
+def _end_at_word_of(parent: int, signals: Collection[signal.Signals]) -> None:
+    while signal.sigwaitinfo(signals).si_pid != parent:
+        pass
+    os._exit(0)  # torch takes anything else for a failure
+
+
 def _end_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
 
 
-__all__ = ["initialize_worker", "without_interrupts"]
+__all__ = ["hear_parent_alone", "initialize_worker", "without_interrupts"]

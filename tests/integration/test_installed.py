@@ -64,6 +64,9 @@ NOT_RUN = {
     "crosslayer finetune --recipe finetune/lor2c_crnet_instructions --data FILE": "needs the model of `make pretrain`",
     "crosslayer plan --model llama_7b --method crnet --gpu-memory 80GB --gpus 8 --sequence 4096 "
     "--tokens-per-step 1M": OTHERS,
+    "crosslayer plan --model llama_7b --gpus 64 --sequence 4096 --tokens-per-step 4M": OTHERS,
+    "crosslayer plan --model llama_7b --gpus 64 --tensor-parallel 2 --fsdp 32 --micro-batch 1": OTHERS,
+    "crosslayer plan --model llama_13b --gpus 64 --device a100 --network 3GB --no-overlap --all": OTHERS,
     "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz --max_steps 500": OTHERS,
     "crosslayer compare --recipe crnet_2m_text --data FILE --validation_data FILE --tuning_runs 16 --tuning_steps 250 "
     "--validation_blocks 148 --workers 2 --use_cpu": OTHERS,

@@ -41,7 +41,7 @@ def test_two_processes_equal_one(tmp_path):
     assert done.stderr.count("going on from") == 1
     done = subprocess.run([sys.executable, *longer, "--max_steps", "12"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
-    assert "written by 2 processes and cannot be gone on from with 1" in " ".join(done.stderr.split())
+    assert "cannot be resumed with steps of 2 rows, they were of 4" in " ".join(done.stderr.split())
 
 
 @pytest.mark.slow
@@ -60,8 +60,18 @@ def test_trackers(tmp_path, monkeypatch, tracker):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["classification", "regression", "instruction"])
-def test_two_processes_fine_tune_as_one_does(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "method", "options"),
+    [
+        ("classification", "lor2c", []),
+        ("regression", "lor2c", []),
+        ("instruction", "lor2c", []),
+        ("instruction", "lor2c", ["--fsdp_size", "-1"]),
+        ("instruction", "sharelor2c", ["--fsdp_size", "2"]),
+    ],
+    ids=["classification", "regression", "instruction", "sharded", "sharded_share"],
+)
+def test_two_processes_fine_tune_as_one_does(tmp_path, kind, method, options):
     """22 rows: in the last step accelerate gives the second process rows that it repeats, which must not count."""
     data = tmp_path / "data"
     for part, count in (("train", 22), ("validation", 11)):
@@ -72,7 +82,7 @@ def test_two_processes_fine_tune_as_one_does(tmp_path, kind):
     model = write_decoder(tmp_path / "decoder")  # without dropout
     training = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "logging_steps": 1}
     content = tiny_finetune.tiny_content(tmp_path, model, data, task=kind, **training)
-    content["adapter"]["dropout"] = 0.0
+    content["adapter"] |= {"method": method, "dropout": 0.0}
     content["data"] |= {"max_length": 96, "cache_dir": str(tmp_path / "cache")}
     if kind == "regression":
         content["data"]["label_column"] = "score"
@@ -83,7 +93,7 @@ def test_two_processes_fine_tune_as_one_does(tmp_path, kind):
     recipe.write_text(yaml.safe_dump(content))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ["-m", "crosslayer", "finetune", "--recipe", str(recipe), "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*launcher, *command, *options], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "two" / "report.json").read_text())
     assert two["before"]["eval_loss"] == pytest.approx(one.before["eval_loss"], rel=1e-5)

@@ -268,10 +268,10 @@ def test_sharding():
     shape, method = named_shape("llama_1b"), Method()
     one = estimate_memory(shape, Step(sequence=512, micro_batch=2, accumulates=True), method)
     replicated = estimate_memory(
-        shape, Step(sequence=512, micro_batch=2, accumulates=True, sharding=Sharding(data=8)), method
+        shape, Step(sequence=512, micro_batch=2, accumulates=True, sharding=Sharding(replicas=8)), method
     )
     sharded = estimate_memory(
-        shape, Step(sequence=512, micro_batch=2, accumulates=True, sharding=Sharding(data=8, fsdp=True)), method
+        shape, Step(sequence=512, micro_batch=2, accumulates=True, sharding=Sharding(fsdp=8)), method
     )
     split = estimate_memory(
         shape, Step(sequence=512, micro_batch=2, accumulates=True, sharding=Sharding(tensor=8)), method

@@ -1,7 +1,8 @@
-"""docs/accounting.md shows what its script computes, and its Python runs."""
+"""docs/accounting.md and docs/many-devices.md show what their scripts compute, and their Python runs."""
 
-import importlib.util
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,27 @@ PAGE = (ROOT / "docs" / "accounting.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("accounting_tables", ROOT / "benchmarks" / "accounting.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load():
+    """load("accounting") -> the module benchmarks/accounting.py."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        before = {*sys.modules}
+        yield importlib.import_module
+        for name in {*sys.modules} - before & {"accounting", "scale", "page_tables"}:
+            del sys.modules[name]
 
 
-def test_tables_are_up_to_date(script):
-    assert script.filled(PAGE) == PAGE, "run: python benchmarks/accounting.py --write"
+@pytest.mark.parametrize("name", ["accounting", "scale"])
+def test_tables_are_up_to_date(load, name):
+    script, filled = load(name), load("page_tables").filled
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert filled(page, script.TABLES, script.PAGE.name) == page, f"run: python benchmarks/{name}.py --write"
+    assert page.count("<!-- table: ") == len(script.TABLES), "a table that nothing makes"
 
 
-def test_a_missing_place_is_an_error(script):
-    with pytest.raises(SystemExit, match="no place for the table"):
-        script.filled(PAGE.replace("<!-- table: peak -->", ""))
+def test_a_missing_place_is_an_error(load):
+    with pytest.raises(SystemExit, match="no place for the table 'peak'"):
+        load("page_tables").filled(PAGE.replace("<!-- table: peak -->", ""), {"peak": str}, "a page")
 
 
 def test_python_runs(capsys):
@@ -33,8 +41,9 @@ def test_python_runs(capsys):
     assert capsys.readouterr().out.startswith("1704")
 
 
-def test_what_the_text_says_about_the_study(script):
+def test_what_the_text_says_about_the_study(load):
     """The figures in words, from the same arithmetic."""
+    script = load("accounting")
     operations = {
         name: script.count_operations(*pair[:1], 8192, pair[1]) for name, pair in script.study_methods().items()
     }
@@ -47,3 +56,23 @@ def test_what_the_text_says_about_the_study(script):
     assert round(stored / (6 * 4096 + 2 * 11008), 3) == 0.276
     assert round(23.35e9 / (2 * 32 * 16 * stored)) == 1770
     assert round(stored / 0.456 / 4096, 1) == 6.9
+
+
+def test_what_the_text_says_about_many_devices(load):
+    script = load("scale")
+    shares = []
+    for line in script.memory().splitlines()[2:]:
+        kept = [float(cell) for cell in line.split("|")[5:8:2]]
+        shares.append(kept[1] / kept[0])
+    assert (round(min(shares), 2), round(max(shares), 2)) == (0.17, 0.37)
+    deepest = {line.split("|")[1].strip(): line.split("|")[5].strip() for line in script.depth().splitlines()}
+    assert [deepest[name] for name in ("invert", "dense", "dense, checkpointed")] == ["303", "36", "143"]
+    text = " ".join(script.PAGE.read_text(encoding="utf-8").split())
+    assert "holds 17 to 37 % of `none`, and 303 layers" in text
+    one, two = (
+        script.make_plan("llama_7b", gpus=8, sequence=4096, beside=(), tensor_parallel=n).recommended.setting
+        for n in (1, 2)
+    )
+    assert round(2 * two.tokens_per_s / one.tokens_per_s, 1) == 1.6
+    best = [script.best_of(script.planned(model, gpus)) for model in script.MODELS for gpus in script.DEVICES]
+    assert {setting.tensor_parallel for setting in best if setting} == {1}

@@ -15,8 +15,21 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslayer.cli import analyze, app, bench, compare, evaluate, finetune, generate, main, plan, prepare, pretrain
-from crosslayer.cli import recipes as recipes_verb
+from crosslayer.cli import (
+    analyze,
+    app,
+    bench,
+    compare,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    main,
+    plan,
+    prepare,
+    pretrain,
+    recipes,
+)
 from crosslayer.cli.ranges import OPTIONS
 from crosslayer.train.run import pretrain as run_pretraining
 from property_cases import cases, long_enough
@@ -30,10 +43,11 @@ VERBS = {
     "finetune": finetune.finetune,
     "evaluate": evaluate.evaluate,
     "generate": generate.generate,
+    "export": export.export,
     "plan": plan.plan,
     "analyze": analyze.analyze,
     "compare": compare.compare,
-    "recipes": recipes_verb.recipes,
+    "recipes": recipes.recipes,
     "bench memory": bench.memory,
     "bench speed": bench.speed,
 }
@@ -96,6 +110,7 @@ def arguments_of(verb, root):
         "generate": [str(root / "run"), "--max_new_tokens=2", "--prompt=the"],
         "plan": ["--model=llama_60m"],
         "recipes": [],
+        "export": [str(root / "run"), out],
         "analyze": [str(root / "run"), f"--data={root / 'few'}", "--max_tokens=200", out],
         "compare": [
             *(f"--recipe={root / 'recipe.yaml'}", "--methods=crnet", "--seeds=1", "--tuning_runs=0", out),

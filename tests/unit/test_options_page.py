@@ -17,6 +17,7 @@ from crosslayer.crnet.families import FAMILIES, config_class
 from crosslayer.data import DataConfig, TaskConfig
 from crosslayer.lor2c import LoR2CConfig
 from crosslayer.train.methods import AdapterConfig
+from crosslayer.train.monitor import Monitor
 from crosslayer.train.parameter_groups import ParameterGroups
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def test_the_page_is_up_to_date(script):
 
 
 @pytest.mark.parametrize(
-    "cls", [DataConfig, TaskConfig, AdapterConfig, ParameterGroups, LoR2CConfig, *map(config_class, FAMILIES)]
+    "cls", [DataConfig, TaskConfig, AdapterConfig, ParameterGroups, Monitor, LoR2CConfig, *map(config_class, FAMILIES)]
 )
 def test_every_field_is_on_the_page(cls):
     named = set(re.findall(r"`(\w+)", PAGE))

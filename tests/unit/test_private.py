@@ -5,6 +5,7 @@ import atexit
 import importlib
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,28 @@ def test_exit_functions(monkeypatch):
     assert done == [True]
     monkeypatch.undo()
     assert callable(atexit._run_exitfuncs)
+
+
+def test_cpus_that_share_models():
+    """`tensor_parallel` on CPU processes, and with it every test of it, would be refused by accelerate."""
+    from accelerate import ParallelismConfig
+
+    private.let_cpus_share_models()
+    check = ParallelismConfig._validate_accelerator
+    private.let_cpus_share_models()
+    assert ParallelismConfig._validate_accelerator is check  # once
+    others = SimpleNamespace(distributed_type="NO", num_processes=2, is_fsdp2=False, multi_device=False)
+    cpus = SimpleNamespace(**{**vars(others), "distributed_type": "MULTI_CPU"})
+    ParallelismConfig(tp_size=2)._validate_accelerator(cpus)
+    with pytest.raises(ValueError, match="ParallelismConfig is only compatible"):
+        ParallelismConfig(tp_size=2)._validate_accelerator(others)
+
+
+def test_strided_shards():
+    """Checkpoints of FSDP2 over tensor parallelism would hold rows in another order."""
+    tensors = {"a": {"b": torch.ones(2)}, "c": 1}
+    assert private.without_strided_shards(tensors) == tensors  # what is no DTensor stays; others: test_parallel_runs.py
+    assert private.without_strided_shards(tensors, like=tensors) == tensors
 
 
 # Tables

@@ -13,11 +13,10 @@ BATCH = {"per_device_train_batch_size": 32, "use_cpu": True}
 
 def chosen(tmp_path, monkeypatch, free, **model):
     monkeypatch.setattr(memory, "available_memory", lambda device: free)
-    recipe = build_recipe(
-        {"name": "x", "model": {**MODEL, "num_hidden_layers": 8, "recompute": "auto", **model}, "training": BATCH}
-    )
+    fields = {**MODEL, "num_hidden_layers": 8, "recompute": "auto", **model}
+    recipe = build_recipe({"name": "x", "model": fields, "data": {"block_size": 128}, "training": BATCH})
     config, arguments = build_model_config(recipe), build_arguments(recipe, tmp_path)
-    return config, arguments, memory.choose_recompute(config, arguments, block_size=128)
+    return config, arguments, memory.choose_recompute(config, recipe, arguments)
 
 
 def test_the_fastest_that_fits(tmp_path, monkeypatch):

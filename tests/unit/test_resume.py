@@ -77,6 +77,16 @@ def test_damage_is_noticed(interrupted, name, harm, caplog):
     assert "going on from" in caplog.text
 
 
+def test_a_checkpoint_without_the_random_state_of_a_process(interrupted, caplog):
+    """Killed while the second process of two was writing its own: the checkpoint before it is looked at."""
+    folder = interrupted / "checkpoint-8"
+    (folder / MANIFEST).unlink()
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    with pytest.raises(ConfigError, match=r"checkpoint-4 was written by 1 processes"):
+        checkpoint_to_resume(interrupted, 2)
+    assert "checkpoint-8 was not written to its end; it is passed over" in caplog.text
+
+
 @pytest.mark.parametrize("harm", [cut, empty, remove])
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
 def test_damage_is_noticed_without_hashes(interrupted, name, harm):
@@ -170,8 +180,6 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(root, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"per_device_train_batch_size": 2},
-        {"gradient_accumulation_steps": 2},
         {"optim": "sgd"},
         {"seed": 4},
         {"data_seed": 1},
@@ -183,6 +191,18 @@ def test_what_must_not_change(root, interrupted, change):
     (name, value), *_ = change.items()
     with pytest.raises(ConfigError, match=rf"cannot be resumed with other settings \({name}={value!r}, was "):
         resume(root, interrupted, **change)
+
+
+@pytest.mark.parametrize("change", [{"per_device_train_batch_size": 2}, {"gradient_accumulation_steps": 2}])
+def test_a_step_keeps_its_rows(root, interrupted, change):
+    with pytest.raises(ConfigError, match=r"cannot be resumed with steps of [28] rows, they were of 4: choose "):
+        resume(root, interrupted, **change)
+
+
+def test_the_rows_of_a_step_may_come_in_other_batches(root, whole, interrupted, caplog):
+    again = resume(root, interrupted, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert again.after["loss"] == pytest.approx(whole.after["loss"], abs=1e-5)
+    assert "gradient_accumulation_steps=2 (was 1)" in caplog.text
 
 
 def test_spelling_out_a_default_changes_nothing(root, whole, interrupted, caplog):

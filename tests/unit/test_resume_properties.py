@@ -94,7 +94,7 @@ def test_the_newest_whole_checkpoint_is_found(damages):
 LONG = {"torch_compile", "torch_compile_backend", "torch_compile_mode"}  # minutes each
 OUTSIDE = {"push_to_hub", "hub_strategy", "report_to", "full_determinism", "dataloader_num_workers", "use_cpu"}
 OUTSIDE |= {"dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_backend", "torch_empty_cache_steps"}
-SECTIONS = ("training", "model", "data", "parameter_groups")
+SECTIONS = ("training", "model", "data", "parameter_groups", "monitor")
 FIELDS = [
     (section, name)
     for section in SECTIONS

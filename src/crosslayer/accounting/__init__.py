@@ -4,6 +4,7 @@ Nothing here imports torch or transformers, so that a plan is made at once and o
 """
 
 from .adapters import lor2c_parameters, lora_parameters
+from .communication import Collective, Links, count_collectives
 from .devices import DEVICES, Device, find_device, peak_flops
 from .flops import Operations, count_operations, training_flops_per_token
 from .kept import saved_bytes
@@ -19,9 +20,11 @@ __all__ = [
     "SIZES",
     "TRAININGS",
     "Adapter",
+    "Collective",
     "Device",
     "Layer",
     "Linear",
+    "Links",
     "Method",
     "Operations",
     "Precision",
@@ -29,6 +32,7 @@ __all__ = [
     "Sharding",
     "Step",
     "count_adapter_parameters",
+    "count_collectives",
     "count_operations",
     "count_parameters",
     "dense_counterpart",

@@ -46,9 +46,9 @@ class Operations:
 
 
 def count_operations(
-    config: Any, sequence_length: int, method: Method | None = None, *, tokens: int | None = None
+    config: Any, sequence_length: int, method: Method | None = None, *, tokens: int | None = None, tensor: int = 1
 ) -> Operations:
-    """Operations of one training step per token.
+    """Operations of one training step per token, on each of `tensor` devices that split the layers.
 
     Args:
         config: a configuration or `Shape`.
@@ -56,22 +56,33 @@ def count_operations(
         method: what is trained and kept; plain training by default.
         tokens: tokens per micro-batch, over which SLTrain's product B A, once per micro-batch, is shared out;
             `sequence_length` by default.
+        tensor: as `Sharding.tensor`; more than one repeat what layout R leaves whole.
 
     With a frozen model the first layer's input wants no gradient, so neither do products before the first adapter.
     """
     shape, method = Shape.of(config), method or Method()
     forward, backward, again = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
-    for layer_idx in range(shape.num_hidden_layers):
-        for part, entries, gradients in _products(shape, method, layer_idx, sequence_length):
+    once = shape.of_layers(lambda layer_idx: _sltrain_product(shape, layer_idx) / (tokens or sequence_length))
+    T, last = sequence_length, shape.num_hidden_layers - 1
+    alike: dict[Any, list[tuple[str, float, int]]] = {}  # many layers are one object
+    alike_again: dict[Any, list[tuple[str, float]]] = {}
+    for layer_idx, layer in enumerate(shape.layers):
+        beside = trained_beside(shape, method, layer_idx)
+        kind = (id(layer), layer_idx > 0, *beside.items())
+        if kind not in alike:
+            alike[kind] = [*_products(shape, method, layer_idx, T, tensor)]
+        for part, entries, gradients in alike[kind]:
             forward[part] += 2 * entries
             backward[part] += 2 * entries * gradients
-        for part, entries in _products_again(shape, method, layer_idx, sequence_length):
+        at_hand = layer_idx == last or keeps_state(shape, method, layer_idx)
+        if (id(layer), at_hand) not in alike_again:
+            alike_again[id(layer), at_hand] = [*_products_again(shape, method, layer, T, tensor, at_hand)]
+        for part, entries in alike_again[id(layer), at_hand]:
             again[part] += 2 * entries
         if shape.factorization == "sltrain":
-            once = _sltrain_product(shape, layer_idx) / (tokens or sequence_length)
-            forward["layers"] += 2 * once
-            backward["layers"] += 2 * 3 * once  # W rebuilt, then dA and dB
-    head = shape.vocab_size * shape.hidden_size
+            forward["layers"] += 2 * once[layer_idx]
+            backward["layers"] += 2 * 3 * once[layer_idx]  # W rebuilt, then dA and dB
+    head = shape.vocab_size * shape.hidden_size / tensor
     forward["head"] = 2 * head
     backward["head"] = 2 * head * (1 if method.adapter is not None else 2)
     return Operations(forward, backward, again)
@@ -86,7 +97,7 @@ def training_flops_per_token(config: Any, sequence_length: int) -> int:
     return int(count_operations(config, sequence_length).model)
 
 
-def _products(shape: Shape, method: Method, layer_idx: int, T: int) -> Iterator[tuple[str, int, int]]:
+def _products(shape: Shape, method: Method, layer_idx: int, T: int, tensor: int) -> Iterator[tuple[str, float, int]]:
     """(part, entries per token, how many gradients are wanted: of the input, of the weights) of one layer."""
     learns = method.adapter is None and method.optimizer != "relora"
     adapters = trained_beside(shape, method, layer_idx)
@@ -94,7 +105,7 @@ def _products(shape: Shape, method: Method, layer_idx: int, T: int) -> Iterator[
     layer = shape.layers[layer_idx]
     reads = _inputs_that_learn(shape, layer, adapters, below)
     for position, linear in layer.linears.items():
-        for number in linear.products(is_dense=shape.factorization == "sltrain"):
+        for number in layer.products_on_one(position, tensor, is_dense=shape.factorization == "sltrain"):
             yield "layers", number, reads[position] + learns
         if linear.router:
             yield "layers", linear.router, reads[position] + learns
@@ -103,12 +114,12 @@ def _products(shape: Shape, method: Method, layer_idx: int, T: int) -> Iterator[
             yield "layers", adapters[position] * linear.out_features, 2
     into_attention = layer.group(attention=True, adds=False)
     wanted = 2 * any(reads[p] or p in adapters for p in into_attention)  # a fused kernel gives all or nothing
-    yield "attention", T * layer.query_width, wanted
-    yield "attention", T * layer.value_width, wanted
+    yield "attention", T * layer.query_width / tensor, wanted
+    yield "attention", T * layer.value_width / tensor, wanted
     if "block" in adapters:
         yield "layers", adapters["block"] * shape.hidden_size, below + 1
         yield "layers", adapters["block"] * shape.hidden_size, 2
-    yield "carried", layer.built_width, 2
+    yield "carried", layer.built_width(tensor), 2
 
 
 def _inputs_that_learn(shape: Shape, layer: Layer, adapters: dict[str, int], below: bool) -> dict[str, bool]:
@@ -129,8 +140,10 @@ def _inputs_that_learn(shape: Shape, layer: Layer, adapters: dict[str, int], bel
     return reads
 
 
-def _products_again(shape: Shape, method: Method, layer_idx: int, T: int) -> Iterator[tuple[str, int]]:
-    """(part, entries per token) of what the backward runs again in one layer.
+def _products_again(
+    shape: Shape, method: Method, layer: Layer, T: int, tensor: int, is_at_hand: bool
+) -> Iterator[tuple[str, float]]:
+    """(part, entries per token) of what the backward runs again in one layer, whose state may be at hand.
 
     layers      the layer's forward but its last product, whose input is the last thing that is missing
     cola_m      every product with B, and attention
@@ -142,22 +155,20 @@ def _products_again(shape: Shape, method: Method, layer_idx: int, T: int) -> Ite
     and where `replay` makes a state. A mixture of experts runs again as a whole, and its router once more under every
     policy, since the choice is made ahead.
     """
-    layer = shape.layers[layer_idx]
-    attention = T * (layer.query_width + layer.value_width)
-    linears = {name: linear.products(shape.factorization == "sltrain") for name, linear in layer.linears.items()}
+    attention = T * (layer.query_width + layer.value_width) / tensor
+    is_sltrain = shape.factorization == "sltrain"
+    linears = {name: layer.products_on_one(name, tensor, is_sltrain) for name in layer.linears}
     policy = policy_of(method, shape.factorization)
     if method.recompute == "layers":
         yield "attention", attention
         yield "layers", sum(sum(entries) for entries in linears.values()) - list(linears.values())[-1][-1]
-        yield "carried", layer.built_width
+        yield "carried", layer.built_width(tensor)
     elif method.recompute == "cola_m":
         yield "attention", attention
         yield "layers", sum(entries[-1] for entries in linears.values())
     elif policy is not None:
         if not policy.keeps_attention:
             yield "attention", attention
-        layers = shape.num_hidden_layers
-        is_at_hand = layer_idx == layers - 1 or keeps_state(shape, method, layer_idx)
         for name, linear in layer.linears.items():
             if linear.is_mixture:
                 again = 0 if policy.name == "none" else sum(linears[name]) + linear.router
@@ -170,7 +181,7 @@ def _products_again(shape: Shape, method: Method, layer_idx: int, T: int) -> Ite
             else:
                 if policy.inverts or not is_at_hand:
                     yield "layers", linears[name][-1]
-                    yield "carried", linear.out_features
+                    yield "carried", linear.out_features / layer.split_of(name, tensor)
                 if not policy.keeps_low_rank:
                     yield "layers", linears[name][0]
 

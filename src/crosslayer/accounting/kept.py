@@ -5,7 +5,7 @@ Letters: D hidden size, F width of the MLP, r rank.
 
 from .methods import Method, policy_of
 from .parameters import trained_beside
-from .shapes import Layer, Linear, Shape
+from .shapes import Linear, Shape
 from .steps import Step
 
 
@@ -32,14 +32,11 @@ def live_state_bytes(shape: Shape, step: Step, method: Method) -> float:
 
 def _ended_bytes(shape: Shape, step: Step, method: Method, layer_idx: int) -> float:
     """Bytes per token of the Y that a state holds of positions that ended below, and that no kept state below holds."""
-    last: dict[str, int] = {}
-    for index, name, linear in shape.linears():
-        if linear.carries and index <= layer_idx:
-            last[name] = index
     total = 0.0
-    for name, end in last.items():
-        if end < layer_idx and not any(keeps_state(shape, method, index) for index in range(end, layer_idx)):
-            total += shape.layers[end].linears[name].out_features / split_of(shape.layers[end], name, step)
+    for end, again, name in shape.chain_ends:
+        if end < layer_idx < again and not any(keeps_state(shape, method, index) for index in range(end, layer_idx)):
+            layer = shape.layers[end]
+            total += layer.linears[name].out_features / layer.split_of(name, step.sharding.tensor)
     return total * step.precision.at_least_float32
 
 
@@ -49,7 +46,9 @@ def state_bytes(shape: Shape, step: Step, layer_idx: int = -1) -> float:
     D + 5 D + 2 F elements of float32 in a CR-Net on Llama's block whose heads have keys of their own.
     """
     layer = shape.layers[layer_idx]
-    carried = sum(x.out_features / split_of(layer, name, step) for name, x in layer.linears.items() if x.carries)
+    carried = sum(
+        x.out_features / layer.split_of(name, step.sharding.tensor) for name, x in layer.linears.items() if x.carries
+    )
     return shape.hidden_size * residual_bytes(shape, step) + carried * step.precision.at_least_float32
 
 
@@ -57,11 +56,6 @@ def residual_bytes(shape: Shape, step: Step) -> int:
     """Bytes of an element of the hidden states between layers: float32 at least, but in dense models their own."""
     precision = step.precision
     return precision.weights if shape.factorization in ("dense", "sltrain") else precision.at_least_float32
-
-
-def split_of(layer: Layer, position: str, step: Step) -> int:
-    """Over how many devices the output of a position is split; what adds to the hidden states is summed, so whole."""
-    return 1 if layer.adds(position) else step.sharding.tensor
 
 
 def saved_bytes(shape: Shape, step: Step, method: Method, layer_idx: int) -> float:
@@ -94,7 +88,7 @@ def _saved_by_policy(shape: Shape, step: Step, method: Method, layer_idx: int) -
         size += state_bytes(shape, step, layer_idx) + _ended_bytes(shape, step, method, layer_idx)
     for name, linear in layer.linears.items():
         if not linear.carries and policy.name == "none" and not linear.is_mixture:
-            size += linear.out_features * precision.products / split_of(layer, name, step)
+            size += linear.out_features * precision.products / layer.split_of(name, step.sharding.tensor)
         if linear.position.mixture is not None:
             size += 8 * linear.position.mixture.active
         if policy.name == "none" and linear.is_mixture:
@@ -177,6 +171,5 @@ __all__ = [
     "residual_bytes",
     "saved_by_autograd",
     "saved_bytes",
-    "split_of",
     "state_bytes",
 ]

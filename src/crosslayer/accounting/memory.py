@@ -23,6 +23,7 @@ from .methods import Method, policy_of
 from .parameters import (
     count_adapter_parameters,
     count_layer_parameters,
+    count_local_parameters,
     count_parameters,
     count_relora_factors,
     count_trainable,
@@ -66,7 +67,7 @@ def walk(shape: Shape, step: Step, method: Method) -> Iterator[tuple[str, dict[s
             "temporary": around_loss + sizes.communication,
         },
     )
-    done = sizes.gradients_of_head
+    done = 0.0 if step.releases_gradients else sizes.gradients_of_head
     for layer in reversed(layers):
         for phase, again, working in sizes.backward(layer):
             yield (
@@ -80,16 +81,17 @@ def walk(shape: Shape, step: Step, method: Method) -> Iterator[tuple[str, dict[s
                     "temporary": working + sizes.communication,
                 },
             )
-        done += sizes.gradients_of(layer)
+        done = 0.0 if step.releases_gradients else done + sizes.gradients_of(layer)
+    # Released, the gradient of the embeddings is the last one, and the largest.
     yield (
         "update",
         {
             **fixed,
-            "gradients": everything,
+            "gradients": sizes.gradients_of_head if step.releases_gradients else everything,
             "activations": 0.0,
             "live": 0.0,
             "logits": 0.0,
-            "temporary": sizes.optimizer_temporary + sizes.communication,
+            "temporary": (0.0 if step.releases_gradients else sizes.optimizer_temporary) + sizes.communication,
         },
     )
 
@@ -126,10 +128,10 @@ class _Sizes:
         self.layers = shape.num_hidden_layers
         self.counts = count_parameters(shape)
         p, s = step.precision, step.sharding
-        self.shards = s.data if s.fsdp else 1
+        self.shards = s.fsdp
         self.carry = p.at_least_float32
         vocabulary = shape.vocab_size * shape.hidden_size / s.tensor
-        self.in_layer = [self._local(layer) for layer in range(self.layers)]
+        self.in_layer = shape.of_layers(lambda layer: count_local_parameters(shape, layer, s.tensor))
         around = shape.final_norm + shape.position_embeddings
         local = sum(self.in_layer) + vocabulary + bool(self.counts["head"]) * vocabulary + around
         beta = self.counts["beta"]
@@ -142,30 +144,12 @@ class _Sizes:
         self.gradients_elsewhere = self._gradient(vocabulary * (1 + bool(self.counts["head"])) + around)
         self.optimizer_temporary = 0.0 if step.fused_optimizer else self.trainable * p.states / self.shards
         self.communication = 0.0
-        if s.fsdp and s.data > 1:
+        if s.fsdp > 1:
             # Weights of two layers (one computed, one on its way), embeddings and head; one layer's whole gradient.
             gathered = 2 * max(self.in_layer) + vocabulary * (1 + bool(self.counts["head"]))
-            self.communication = gathered * p.products + max(self.in_layer) * p.gradients
-        elif s.data > 1:
+            self.communication = gathered * p.on_the_way + max(self.in_layer) * p.gradients
+        elif s.replicas > 1:
             self.communication = self.trainable * p.gradients  # DDP's buckets
-
-    def _local(self, layer: int) -> float:
-        """Parameters of a layer on one device: split linears, whole norms, beta, and A or B that face whole tensors."""
-        shape, split = self.shape, self.step.sharding.tensor
-        blocks = shape.layers[layer]
-        total = float(blocks.norms)
-        if split == 1:
-            return total + sum(count_layer_parameters(shape, layer).values())
-        for name, linear in blocks.linears.items():
-            by_columns = not blocks.adds(name)
-            total += linear.router + linear.builds
-            total += linear.out_features * linear.position.bias / (split if by_columns else 1)
-            for i, o, count in linear.position.matrices:
-                if linear.rank is None or linear.is_mixture or shape.factorization == "sltrain":
-                    total += count * (i * o if linear.rank is None else linear.rank * (i + o)) / split
-                else:
-                    total += linear.rank * (i + o / split if by_columns else i / split + o)
-        return total + blocks.others
 
     def _added_parameters(self) -> float:
         if self.method.adapter is not None:
@@ -234,11 +218,11 @@ class _Sizes:
 
         In one piece: log-softmax, its gradient and that of the logits, all float32. By chunks (torch's
         linear_cross_entropy): two chunks of logits, and the gradients of head and hidden states, made in the forward.
+        Under tensor parallelism the logits are gathered, so whole and in one piece.
         """
-        p, n = self.step.precision, self.step.tokens
-        vocabulary = self.shape.vocab_size / self.step.sharding.tensor
-        if not self.step.fused_loss:
-            return 3 * 4 * vocabulary * n, 0.0
+        p, n, vocabulary = self.step.precision, self.step.tokens, self.shape.vocab_size
+        if not self.step.fused_loss or self.step.sharding.tensor > 1:
+            return 3.0 * 4 * vocabulary * n, 0.0
         chunk = chunk_of_tokens(n, self.shape.hidden_size, self.shape.vocab_size)
         head = 0.0 if self.method.adapter is not None else vocabulary * self.shape.hidden_size * p.gradients
         return 2 * 4 * vocabulary * chunk, head + n * self.shape.hidden_size * p.products
@@ -259,7 +243,8 @@ class _Sizes:
                 G += 0 if linear.carries else n * p.weights * linear.out_features  # made again, in no state
             if not self.policy.keeps_low_rank:
                 G += n * p.products * max(linear.rank or 0 for linear in own.linears.values())  # X A, one by one
-            narrower = hidden - own.attention.key_value_heads * own.attention.key_dim
+            keys = own.attention.key_value_heads * own.attention.key_dim
+            narrower = hidden - keys / (split if own.is_split("k", split) else 1)
             widths = _WORKING_SET[self.policy.name]
             working = n * self.carry * (widths.hidden_float32 * hidden - widths.as_keys * narrower)
             working += n * self.carry * widths.mlp_float32 * mlp

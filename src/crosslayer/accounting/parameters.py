@@ -25,8 +25,8 @@ def count_parameters(config: Any) -> dict[str, int]:
     counts["embeddings"] = shape.vocab_size * shape.hidden_size + shape.position_embeddings
     counts["head"] = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     counts["norms"] = shape.final_norm + sum(layer.norms for layer in shape.layers)
-    for layer_idx in range(shape.num_hidden_layers):
-        for group, number in count_layer_parameters(shape, layer_idx).items():
+    for counted in shape.of_layers(lambda layer_idx: count_layer_parameters(shape, layer_idx)):
+        for group, number in counted.items():
             counts[group] = counts.get(group, 0) + number
     return counts
 
@@ -48,6 +48,28 @@ def count_layer_parameters(shape: Shape, layer_idx: int) -> dict[str, int]:
     if layer.others:
         counts["others"] = layer.others
     return counts
+
+
+def count_local_parameters(shape: Shape, layer_idx: int, tensor: int) -> float:
+    """Parameters of a layer, norms among them, on one of `tensor` devices that split it.
+
+    Whole: norms, beta, the factor that faces a whole tensor, and keys and values whose heads are too few.
+    """
+    layer = shape.layers[layer_idx]
+    total = float(layer.norms)
+    if tensor == 1:
+        return total + sum(count_layer_parameters(shape, layer_idx).values())
+    for name, linear in layer.linears.items():
+        split = tensor if layer.is_split(name, tensor) else 1
+        by_columns = not layer.adds(name)
+        total += linear.router + linear.builds
+        total += linear.out_features * linear.position.bias / (split if by_columns else 1)
+        for i, o, count in linear.position.matrices:
+            if linear.rank is None or linear.is_mixture or shape.factorization == "sltrain":
+                total += count * (i * o if linear.rank is None else linear.rank * (i + o)) / split
+            else:
+                total += linear.rank * (i + o / split if by_columns else i / split + o)
+    return total + layer.others
 
 
 def sparse_entries(shape: Shape, linear: Linear) -> int:
@@ -142,6 +164,7 @@ def dense_counterpart(config: Any) -> Any:
 __all__ = [
     "count_adapter_parameters",
     "count_layer_parameters",
+    "count_local_parameters",
     "count_parameters",
     "count_relora_factors",
     "count_trainable",

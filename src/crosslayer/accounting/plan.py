@@ -1,30 +1,47 @@
 """A plan: what it is made for, the settings it looked at, and the one it recommends."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
+from .communication import Axis, Links
 from .devices import Device
-from .steps import PRECISIONS
+from .steps import PRECISIONS, Sharding
 
 DEFAULT_UTILISATION = 0.4
 DEFAULT_RESERVE = 0.08
 """Share of a device's memory left to its context and to the allocator's gaps. Our choice."""
+ONE_NODE = Links(node=8, within=1.0, between=1.0)
+LINK_UTILISATION = 0.8
+"""Share of a link's data sheet that collectives reach where no bandwidth is given. Our choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to run a step, and what it costs on each device."""
+    """One way to run a step, and what it costs on each device.
+
+    Args:
+        tensor_parallel, fsdp, replicas: devices along each axis (`Sharding`).
+        operations_per_token: of the whole model, by phase.
+        sent_bytes: that each device sends in a step, by axis.
+        step_seconds, waiting_seconds: of a step; what of it is waited for links.
+    """
 
     policy: str
     interval: int | None
     micro_batch: int
     accumulation: int
-    sharding: str
+    tensor_parallel: int
+    fsdp: int
+    replicas: int
     tokens_per_step: int
     memory_bytes: dict[str, int]
     fits: bool
     operations_per_token: dict[str, float]
+    sent_bytes: Mapping[Axis, float]
+    step_seconds: float
+    waiting_seconds: float
     tokens_per_s: float
     days: float
     device_hours: float
@@ -38,6 +55,11 @@ class Setting:
     def label(self) -> str:
         """The policy for people."""
         return self.policy if self.interval is None else f"{self.policy} every {self.interval}"
+
+    @property
+    def sharding(self) -> Sharding:
+        """The devices along each axis."""
+        return Sharding(tensor=self.tensor_parallel, fsdp=self.fsdp, replicas=self.replicas)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -74,6 +96,8 @@ class MemoryPlan:
     gpus: int
     gpu_memory_bytes: float
     usable_bytes: float
+    links: Links
+    overlap: bool
     precision: str
     sequence: int
     tokens: int
@@ -85,6 +109,7 @@ class MemoryPlan:
         """For JSON."""
         return {
             **vars(self),
+            "links": vars(self.links),
             "settings": [setting.to_dict() for setting in self.settings],
             "recommended": self.recommended.to_dict(),
             "beside": {
@@ -105,8 +130,11 @@ class Request:
         precision: a name of `PRECISIONS`.
         utilisation: share of the device's peak that operations run at.
         reserve: share of the memory that is left alone.
-        tensor_parallel: devices that split each layer.
-        sharding: "auto" (DDP where something fits, else FSDP), "ddp" or "fsdp".
+        tensor_parallel, fsdp: devices that split each layer, and that share weights, gradients and states; the rest
+            are replicas. None: whatever is fastest.
+        micro_batch: sequences of a micro-batch; None: whatever is fastest.
+        links: how fast devices send to one another.
+        overlap: whether gathers and reductions go on beside the computation.
     """
 
     device: Device
@@ -118,8 +146,11 @@ class Request:
     precision: str = "bf16_autocast"
     utilisation: float = DEFAULT_UTILISATION
     reserve: float = DEFAULT_RESERVE
-    tensor_parallel: int = 1
-    sharding: str = "auto"
+    tensor_parallel: int | None = None
+    fsdp: int | None = None
+    micro_batch: int | None = None
+    links: Links = ONE_NODE
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         problems = [
@@ -131,27 +162,23 @@ class Request:
                 ("tokens", self.tokens, self.tokens > 0, "more than 0, such as 20B"),
                 ("utilisation", self.utilisation, 0 < self.utilisation <= 1, "a share above 0, at most 1"),
                 ("reserve", self.reserve, 0 <= self.reserve < 1, "a share of at least 0, below 1"),
-                ("tensor_parallel", self.tensor_parallel, self.tensor_parallel >= 1, "at least 1"),
-                ("sharding", repr(self.sharding), self.sharding in ("auto", "ddp", "fsdp"), "auto, ddp or fsdp"),
+                ("tensor_parallel", self.tensor_parallel, (self.tensor_parallel or 1) >= 1, "at least 1"),
+                ("fsdp", self.fsdp, (self.fsdp or 1) >= 1, "at least 1"),
+                ("micro_batch", self.micro_batch, (self.micro_batch or 1) >= 1, "at least 1"),
+                ("gpus_per_node", self.links.node, self.links.node >= 1, "at least 1"),
+                ("bandwidth", self.links.within, self.links.within > 0, "more than 0, such as 450GB"),
+                ("network", self.links.between, self.links.between > 0, "more than 0, such as 50GB"),
                 ("precision", repr(self.precision), self.precision in PRECISIONS, ", ".join(PRECISIONS)),
             )
             if not is_fine
         ]
-        if not problems and self.gpus % self.tensor_parallel:
-            problems.append(f"tensor_parallel={self.tensor_parallel} does not divide gpus={self.gpus}")
-        if not problems and self.tokens_per_step < self.sequence * self.replicas:
-            problems.append(
-                f"tokens_per_step={self.tokens_per_step:,.0f} is less than one sequence of {self.sequence:,} tokens on "
-                f"each of {self.replicas} replicas: give at least {self.sequence * self.replicas:,}, a shorter "
-                "sequence or fewer gpus"
-            )
+        group = (self.tensor_parallel or 1) * (self.fsdp or 1)
+        if not problems and self.gpus % group:
+            asked = {"tensor_parallel": self.tensor_parallel, "fsdp": self.fsdp}
+            product = " x ".join(f"{name}={value}" for name, value in asked.items() if value)
+            problems.append(f"{product} does not divide gpus={self.gpus}: what is left over has to be whole replicas")
         if problems:
             raise ConfigError("; ".join(problems))
-
-    @property
-    def replicas(self) -> int:
-        """Copies of the model that train beside one another."""
-        return self.gpus // self.tensor_parallel
 
     @property
     def usable(self) -> float:

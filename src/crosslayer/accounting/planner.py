@@ -4,8 +4,9 @@ Arithmetic alone: memory by `estimate_memory`, time by
 
     seconds per token and device = (forward + backward + recompute operations) / (utilisation x peak of the device)
 
-with one utilisation for all. What that leaves out: the optimizer's own time, communication, and that a method with
-fewer operations per byte reaches a lower utilisation (docs/accounting.md has measurements).
+with one utilisation for all, and what is waited for links (communication.py). What that leaves out: the optimizer's own
+time, what starting a collective takes, and that a method with fewer operations per byte reaches a lower utilisation
+(docs/accounting.md has measurements).
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,14 +15,16 @@ from typing import Any
 
 from ..crnet.policies import POLICIES_OF
 from ..errors import ConfigError
+from .communication import AXES, Links, count_collectives, step_seconds
 from .devices import find_device
-from .flops import count_operations, optimizer_operations
+from .flops import Operations, count_operations, optimizer_operations
 from .memory import estimate_memory
 from .methods import TRAININGS, Adapter, Method, named_method, policy_of
 from .parameters import count_parameters, count_trainable
-from .plan import MemoryPlan, Recommendation, Request, Setting
+from .plan import LINK_UTILISATION, MemoryPlan, Recommendation, Request, Setting
 from .recipe_lines import recipe_lines
 from .shapes import SIZES, Shape, named_shape
+from .splits import list_splits
 from .steps import PRECISIONS, Precision, Sharding, Step
 from .units import parse_bytes, parse_tokens, show_bytes
 
@@ -35,6 +38,9 @@ def make_plan(
     *,
     device: str | None = None,
     gpu_memory: float | None = None,
+    bandwidth: float | None = None,
+    network: float | None = None,
+    gpus_per_node: int = 8,
     rank: int | None = None,
     tokens_per_step: float = 1e6,
     tokens: float | None = None,
@@ -49,6 +55,9 @@ def make_plan(
         method: a name of `TRAININGS`; "crnet" tries all memory policies, others with and without checkpointing.
         device: a name of `DEVICES`; h100 by default.
         gpu_memory: bytes of each device; the device's own by default.
+        bandwidth, network: bytes per second that a device sends within its node and to others; 0.8 of the device's data
+            sheet by default.
+        gpus_per_node: devices of a node.
         rank: of the low-rank linears, of GaLore's and APOLLO's projections, of adapters; hidden_size // 4 (8 for
             adapters) by default.
         tokens: budget; 20 per parameter of the dense model by default.
@@ -68,25 +77,24 @@ def make_plan(
         gpu_memory=chosen.memory if gpu_memory is None else gpu_memory,
         tokens_per_step=tokens_per_step,
         tokens=tokens,
+        links=Links(
+            node=gpus_per_node,
+            within=LINK_UTILISATION * chosen.link if bandwidth is None else bandwidth,
+            between=LINK_UTILISATION * chosen.network if network is None else network,
+        ),
         **request,
     )
     shape, candidates = _candidates(base, method, rank)
     settings = list_settings(shape, candidates, asked)
-    recommended = recommend(method, shape, candidates[0], settings, asked, rank)
+    recommended = recommend(method, shape, candidates, settings, asked)
     others: dict[str, Recommendation | str] = {}
     for other in beside:
         if other == method:
             continue
         try:
             other_shape, others_candidates = _candidates(base, other, rank)
-            others[other] = recommend(
-                other,
-                other_shape,
-                others_candidates[0],
-                list_settings(other_shape, others_candidates, asked),
-                asked,
-                rank,
-            )
+            of_other = list_settings(other_shape, others_candidates, asked)
+            others[other] = recommend(other, other_shape, others_candidates, of_other, asked)
         except ConfigError as error:
             others[other] = str(error)
     return MemoryPlan(
@@ -101,6 +109,8 @@ def make_plan(
         gpus=asked.gpus,
         gpu_memory_bytes=asked.gpu_memory,
         usable_bytes=asked.usable,
+        links=asked.links,
+        overlap=asked.overlap,
         precision=asked.precision,
         sequence=asked.sequence,
         tokens=round(asked.tokens),
@@ -120,60 +130,58 @@ def policies_of(factorization: str, layers: int) -> list[Method]:
 
 
 def list_settings(shape: Shape, candidates: list[Method], request: Request) -> list[Setting]:
-    """Every policy with micro-batches 1, 2, 4, ..., up to the first that does not fit.
-
-    Under DDP, or under FSDP where that makes room for something faster, or for anything at all.
-    """
-    kinds = {"auto": ("ddp", "fsdp"), "ddp": ("ddp",), "fsdp": ("fsdp",)}[request.sharding]
-    if request.replicas == 1:
-        kinds = ("ddp",)
-    elif candidates[0].optimizer.startswith(("galore", "apollo")):
-        kinds = ("ddp",)  # their projections want a matrix's whole gradient
-    found = [
-        [setting for method in candidates for setting in _micro_batches(shape, method, request, kind)] for kind in kinds
+    """Every split and policy with micro-batches 1, 2, 4, ..., up to the first that does not fit."""
+    return [
+        setting
+        for sharding in list_splits(shape, candidates[0], request)
+        for method in candidates
+        for setting in _micro_batches(shape, method, request, sharding)
     ]
 
-    def speed(settings: list[Setting]) -> float:
-        best = fastest(settings)
-        return 0.0 if best is None else round(best.tokens_per_s, 6)
 
-    best = max(found, key=speed)  # the first of equals
-    return best if speed(best) else found[-1]
-
-
-def _micro_batches(shape: Shape, method: Method, request: Request, kind: str) -> Iterable[Setting]:
-    largest = max(1, round(request.tokens_per_step / (request.replicas * request.sequence)))
+def _micro_batches(shape: Shape, method: Method, request: Request, sharding: Sharding) -> Iterable[Setting]:
+    if request.micro_batch is not None:
+        yield make_setting(shape, method, request, sharding, request.micro_batch)
+        return
+    largest = max(1, round(request.tokens_per_step / (sharding.data * request.sequence)))
     micro_batch = 1
     while micro_batch <= largest:
-        setting = make_setting(shape, method, request, kind, micro_batch)
+        setting = make_setting(shape, method, request, sharding, micro_batch)
         yield setting
         if not setting.fits:
             return
         micro_batch *= 2
 
 
-def make_setting(shape: Shape, method: Method, request: Request, kind: str, micro_batch: int) -> Setting:
-    """One way to run a step, with its memory, operations and time."""
-    accumulation = max(1, round(request.tokens_per_step / (request.replicas * request.sequence * micro_batch)))
+def make_setting(shape: Shape, method: Method, request: Request, sharding: Sharding, micro_batch: int) -> Setting:
+    """One way to run a step, with its memory, operations, communication and time."""
+    accumulation = max(1, round(request.tokens_per_step / (sharding.data * request.sequence * micro_batch)))
     step = Step(
         sequence=request.sequence,
         micro_batch=micro_batch,
         precision=PRECISIONS[request.precision],
-        sharding=Sharding(data=request.replicas, tensor=request.tensor_parallel, fsdp=kind == "fsdp"),
+        sharding=sharding,
         accumulates=accumulation > 1,
     )
     memory = estimate_memory(shape, step, method)
     operations = count_operations(shape, request.sequence, method, tokens=step.tokens)
-    tokens_per_step = request.replicas * request.sequence * micro_batch * accumulation
-    per_token = operations.total + optimizer_operations(shape, method) / tokens_per_step
-    tokens_per_s = request.gpus * request.utilisation * request.peak_flops / per_token
-    seconds = request.tokens / tokens_per_s
+    compute = _compute_seconds(shape, method, request, step, operations)
+    collectives = count_collectives(shape, step, method)
+    seconds = step_seconds(compute, request.links.seconds(collectives, sharding), accumulation, request.overlap)
+    computing = accumulation * (compute["forward"] + compute["backward"]) + compute["update"]
+    tokens_per_step = sharding.data * step.tokens * accumulation
+    sent = dict.fromkeys(AXES, 0.0)
+    for collective in collectives:
+        sent[collective.axis] += collective.sent(sharding) * (1 if collective.phase == "update" else accumulation)
+    total = request.tokens / tokens_per_step * seconds
     return Setting(
         policy=method.recompute,
         interval=_interval(shape, method),
         micro_batch=micro_batch,
         accumulation=accumulation,
-        sharding=kind if request.replicas > 1 else "none",
+        tensor_parallel=sharding.tensor,
+        fsdp=sharding.fsdp,
+        replicas=sharding.replicas,
         tokens_per_step=tokens_per_step,
         memory_bytes=memory,
         fits=sum(memory.values()) <= request.usable,
@@ -182,10 +190,25 @@ def make_setting(shape: Shape, method: Method, request: Request, kind: str, micr
             "backward": sum(operations.backward.values()),
             "recompute": sum(operations.recompute.values()),
         },
-        tokens_per_s=tokens_per_s,
-        days=seconds / 86400,
-        device_hours=seconds / 3600 * request.gpus,
+        sent_bytes=sent,
+        step_seconds=seconds,
+        waiting_seconds=max(0.0, seconds - computing),
+        tokens_per_s=tokens_per_step / seconds,
+        days=total / 86400,
+        device_hours=total / 3600 * request.gpus,
     )
+
+
+def _compute_seconds(shape: Shape, method: Method, request: Request, step: Step, own: Operations) -> dict[str, float]:
+    """Of a micro-batch on one device by phase, and of the update, which every device does alone."""
+    if step.sharding.tensor > 1:
+        own = count_operations(shape, request.sequence, method, tokens=step.tokens, tensor=step.sharding.tensor)
+    speed = request.utilisation * request.peak_flops
+    return {
+        "forward": step.tokens * sum(own.forward.values()) / speed,
+        "backward": step.tokens * (sum(own.backward.values()) + sum(own.recompute.values())) / speed,
+        "update": optimizer_operations(shape, method) / speed,
+    }
 
 
 def _interval(shape: Shape, method: Method) -> int | None:
@@ -197,32 +220,51 @@ def _interval(shape: Shape, method: Method) -> int | None:
 
 
 def fastest(settings: Iterable[Setting]) -> Setting | None:
-    """The fastest that fits; among equals the largest micro-batch, which needs the fewest launches and gathers."""
+    """The fastest that fits; of those within a thousandth the simplest split, then the largest micro-batch."""
     fitting = [setting for setting in settings if setting.fits]
-    return max(fitting, key=lambda s: (round(s.tokens_per_s, 6), s.micro_batch), default=None)
+    best = max((setting.tokens_per_s for setting in fitting), default=0.0)
+    equals = [setting for setting in fitting if setting.tokens_per_s >= 0.999 * best]
+    return max(equals, key=lambda s: (-s.tensor_parallel, -s.fsdp, s.micro_batch), default=None)
 
 
 def recommend(
-    method: str, shape: Shape, trained: Method, settings: list[Setting], request: Request, rank: int | None
+    method: str, shape: Shape, candidates: list[Method], settings: list[Setting], request: Request
 ) -> Recommendation:
-    """The fastest that fits. Raises ConfigError when nothing does, with the smallest that would."""
+    """The fastest that fits. Raises ConfigError when nothing does, with the smallest that would and what to change."""
     best = fastest(settings)
     if best is None:
         smallest = min(settings, key=lambda s: s.peak_bytes)
         needed = smallest.peak_bytes / (1 - request.reserve)
         raise ConfigError(
             f"{method} does not fit in {show_bytes(request.gpu_memory)} on each of {request.gpus}: the smallest "
-            f"setting (recompute {smallest.label}, micro-batch {smallest.micro_batch}"
-            f"{', FSDP' if smallest.sharding == 'fsdp' else ''}) needs {show_bytes(needed)} with "
-            f"{request.reserve:.0%} in reserve; give more memory or gpus, a shorter sequence, or a smaller model"
+            f"setting (recompute {smallest.label}, micro-batch {smallest.micro_batch}{_split_in_words(smallest)}) "
+            f"needs {show_bytes(needed)} with {request.reserve:.0%} in reserve; {_change(shape, candidates, request)}"
         )
     return Recommendation(
         method=method,
         parameters=sum(count_parameters(shape).values()),
         setting=best,
         reason=_reason(best, settings),
-        recipe=recipe_lines(shape, trained, best, request),
+        recipe=recipe_lines(shape, candidates[0], best, request),
     )
+
+
+def _split_in_words(setting: Setting) -> str:
+    axes = (("tensor_parallel", setting.tensor_parallel), ("fsdp", setting.fsdp))
+    return "".join(f", {name}={size}" for name, size in axes if size > 1)
+
+
+def _change(shape: Shape, candidates: list[Method], request: Request) -> str:
+    """The least that would make room: another split or batch of the same devices, more of them, or none of these."""
+    for gpus in (request.gpus * 2**power for power in range(11)):
+        tokens = max(request.tokens_per_step, request.sequence * gpus)
+        changed = replace(request, gpus=gpus, tokens_per_step=tokens, tensor_parallel=None, fsdp=None, micro_batch=1)
+        found = fastest(list_settings(shape, candidates, changed))
+        if found is not None:
+            devices = "" if gpus == request.gpus else f"{gpus} gpus, "
+            split = f"tensor_parallel={found.tensor_parallel}, fsdp={found.fsdp}"
+            return f"give {devices}{split} and micro_batch=1 (recompute {found.label})"
+    return "give more memory, a shorter sequence or a smaller model: more gpus would not help"
 
 
 def _reason(best: Setting, settings: list[Setting]) -> str:

@@ -37,15 +37,20 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
             model["recompute_interval"] = best.interval
     if PRECISIONS[request.precision] == PRECISIONS["bf16_autocast"]:
         training["bf16"] = True
-    if best.sharding == "fsdp":
-        training["fsdp"] = True
+    if best.fsdp > 1 and best.replicas == 1 and best.accumulation > 1:
+        # otherwise whole gradients stay on every device until the last micro-batch; between replicas they never do
+        training["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     if trained.optimizer in _TRAINER_OPTIMIZERS:
         training["optim"] = _TRAINER_OPTIMIZERS[trained.optimizer]
         if trained.optimizer != "adamw_8bit":
             modules = (linear.position.module.partition(".")[0] for _, _, linear in shape.linears())
             training["optim_target_modules"] = list(dict.fromkeys(modules))
             training["optim_args"] = f"rank={optimizer_rank(shape, trained)}"
-    return {"model": model, "data": {"block_size": request.sequence}, "training": training}
+    sections = {"model": model, "data": {"block_size": request.sequence}, "training": training}
+    parallel = {"fsdp_size": best.fsdp, "tensor_parallel": best.tensor_parallel}
+    if shared := {name: size for name, size in parallel.items() if size > 1}:
+        sections["parallel"] = shared
+    return sections
 
 
 __all__ = ["recipe_lines"]

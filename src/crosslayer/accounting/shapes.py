@@ -7,10 +7,10 @@ A shape is a list of layers, and a layer its positions by name: those of `config
 Parameters, operations and bytes go over them, so that another family of models needs no change here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from ..crnet import crnet_config
 from ..crnet.configuration_cross_layer import CrossLayerFields
@@ -29,6 +29,7 @@ SIZES = {
     "llama_13b": (5120, 13824, 40, 40, 40),
     "llama_70b": (8192, 28672, 64, 8, 80),
 }
+T = TypeVar("T")
 FACTORIZATIONS = ("dense", "cross_layer", "low_rank", "cola", "sltrain")
 READ_AT_ONCE = ("crnet", "llama", "crnet_mistral", "mistral")
 """Values of `model_type` whose blocks are Llama's: their fields are read without importing transformers."""
@@ -119,15 +120,38 @@ class Layer:
         """Width of the Y that the layer hands on, 5 D + 2 F in a Llama block whose heads have keys of their own."""
         return sum(linear.out_features for linear in self.linears.values() if linear.carries)
 
-    @cached_property
-    def built_width(self) -> int:
-        """Width of the sums b Y_{l-1} + X A B."""
-        return sum(linear.out_features for linear in self.linears.values() if linear.builds)
+    def built_width(self, tensor: int = 1) -> float:
+        """Width of the sums b Y_{l-1} + X A B, on one of `tensor` devices that split them."""
+        return sum(x.out_features / self.split_of(name, tensor) for name, x in self.linears.items() if x.builds)
 
     @cached_property
     def low_rank_width(self) -> int:
         """Width of all X A together, those within mixtures left out."""
         return sum(linear.rank or 0 for linear in self.linears.values() if not linear.is_mixture)
+
+    def split_of(self, name: str, tensor: int) -> int:
+        """Over how many of `tensor` devices a position's output is split.
+
+        What adds to the hidden states is summed, so whole; keys and values are where their heads are too few.
+        """
+        return 1 if self.adds(name) or not self.is_split(name, tensor) else tensor
+
+    def is_split(self, name: str, tensor: int) -> bool:
+        """Whether a position is split at all over `tensor` devices, by its outputs or by its inputs."""
+        return not (name in ("k", "v") and self.attention.key_value_heads % tensor)
+
+    def products_on_one(self, name: str, tensor: int, is_dense: bool = False) -> tuple[float, ...]:
+        """Entries that a token meets in a position, product by product, on one of `tensor` devices that split it.
+
+        Layout R (crnet/tensor_parallel.py): of factors, the side that faces the split is split, the other whole.
+        """
+        entries = self.linears[name].products(is_dense)
+        if tensor == 1 or not self.is_split(name, tensor):
+            return entries
+        if self.linears[name].rank is None or self.linears[name].is_mixture or is_dense:
+            return tuple(number / tensor for number in entries)
+        first, second = entries
+        return (first / tensor, second) if self.adds(name) else (first, second / tensor)
 
     def in_attention(self, name: str) -> bool:
         """Whether a position lies in the attention, by its path in the block; otherwise in the MLP."""
@@ -139,7 +163,15 @@ class Layer:
 
     def group(self, *, attention: bool, adds: bool) -> tuple[str, ...]:
         """Positions of the attention or of the MLP that do or do not add to the hidden states."""
-        return tuple(n for n in self.linears if self.in_attention(n) == attention and self.adds(n) == adds)
+        return self._groups[attention, adds]
+
+    @cached_property
+    def _groups(self) -> dict[tuple[bool, bool], tuple[str, ...]]:
+        kinds = ((attention, adds) for attention in (True, False) for adds in (True, False))
+        return {
+            kind: tuple(name for name in self.linears if (self.in_attention(name), self.adds(name)) == kind)
+            for kind in kinds
+        }
 
     @cached_property
     def query_width(self) -> int:
@@ -280,6 +312,22 @@ class Shape:
         """Number of layers."""
         return len(self.layers)
 
+    @cached_property
+    def chain_ends(self) -> tuple[tuple[int, int, str], ...]:
+        """(last layer, first layer that carries it again or the number of layers, name) of each Y that ends below."""
+        found, ended = [], dict[str, int]()
+        for index in range(1, self.num_hidden_layers):
+            above, below = self.layers[index], self.layers[index - 1]
+            if above is below:
+                continue
+            for name, linear in below.linears.items():
+                if linear.carries and not (name in above.linears and above.linears[name].carries):
+                    ended[name] = index - 1
+            for name, linear in above.linears.items():
+                if linear.carries and name in ended:
+                    found.append((ended.pop(name), index, name))
+        return (*found, *((end, self.num_hidden_layers, name) for name, end in ended.items()))
+
     @property
     def rank(self) -> int | None:
         """The largest rank of the last layer; None where nothing is low rank."""
@@ -289,6 +337,13 @@ class Shape:
     def has_one_rank(self) -> bool:
         """Whether all that is low rank has the same."""
         return len({linear.rank for _, _, linear in self.linears() if linear.rank}) == 1
+
+    def of_layers(self, count: Callable[[int], T]) -> list[T]:
+        """What `count` gives for the index of each layer; asked once for layers in a row that are one object."""
+        found: list[T] = []
+        for index, layer in enumerate(self.layers):
+            found.append(found[-1] if index and self.layers[index - 1] is layer else count(index))
+        return found
 
     def linears(self) -> Iterator[tuple[int, str, Linear]]:
         """(layer, name, linear) of the whole model."""

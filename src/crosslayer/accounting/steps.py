@@ -5,12 +5,21 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Bytes of an element. `products` below `weights` is autocast: matrix products in it, the rest in `weights`."""
+    """Bytes of an element. `products` below `weights` is autocast: matrix products in it, the rest in `weights`.
+
+    `gathered`: of weights that FSDP gathers; None is their own, `products` is FSDP's mixed precision.
+    """
 
     weights: int = 4
     gradients: int = 4
     states: int = 4
     products: int = 4
+    gathered: int | None = None
+
+    @property
+    def on_the_way(self) -> int:
+        """Of weights that FSDP gathers."""
+        return self.weights if self.gathered is None else self.gathered
 
     @property
     def is_autocast(self) -> bool:
@@ -32,17 +41,33 @@ PRECISIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """How many devices share what.
+    """How many devices share what: `tensor` x `fsdp` x `replicas` of them, in this order, neighbours first.
 
-    `data` replicas each take their own micro-batch; `fsdp` shards weights, gradients and states over them (ZeRO-3,
-    arXiv 1910.02054), otherwise DDP holds a second copy of the gradients in its buckets. `tensor` devices split the
-    linears (Megatron, arXiv 1909.08053: the MLP and heads, head and embeddings by vocabulary); norms, hidden states and
-    rank-r products stay whole on each.
+    Args:
+        replicas: copies of the model beside one another; DDP, which holds a second copy of the gradients in its
+            buckets where `fsdp` is 1.
+        fsdp: devices that share weights, gradients and states (ZeRO-3, arXiv 1910.02054; FSDP2). Gradients are reduced
+            after every micro-batch (`sync_each_batch`), which is what keeps them shared.
+        tensor: devices that split each layer by layout R (crnet/tensor_parallel.py), dense models by Megatron's
+            (arXiv 1909.08053); norms, hidden states, rank-r products and logits stay whole on each.
     """
 
-    data: int = 1
+    replicas: int = 1
+    fsdp: int = 1
     tensor: int = 1
-    fsdp: bool = False
+
+    @property
+    def data(self) -> int:
+        """Devices, or groups of `tensor` devices, that each take their own micro-batch."""
+        return self.replicas * self.fsdp
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.data * self.tensor
+
+    def __str__(self) -> str:
+        return f"{self.tensor} x {self.fsdp} x {self.replicas}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +83,7 @@ class Step:
         fused_optimizer: AdamW updates in place (`adamw_torch_fused`, the Trainer's default); otherwise one more copy of
             the parameters passes by.
         accumulates: gradients of earlier micro-batches are there already.
+        releases_gradients: the optimizer steps within the backward, so that only one block's gradients are there.
     """
 
     sequence: int
@@ -68,6 +94,7 @@ class Step:
     fused_norms: bool = True
     fused_optimizer: bool = True
     accumulates: bool = False
+    releases_gradients: bool = False
 
     @property
     def tokens(self) -> int:

@@ -35,6 +35,7 @@ class GradientRecorder(TrainerCallback):
         self.magnitudes: list[list[float]] = []  # one list over the blocks for each of `steps`
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        """Appends to `steps` and `magnitudes`, in every `every`-th step."""
         if state.global_step % self.every == 0:
             self.steps.append(state.global_step)
             self.magnitudes.append(gradient_by_block(model))
@@ -72,6 +73,7 @@ class SFSRecorder(TrainerCallback):
         self.records: list[dict[str, Any]] = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Appends to `records`, after every `every`-th step."""
         if state.global_step % self.every == 0:
             self.records += [
                 {"step": state.global_step, "blocks": list(range(span.first, span.last + 1)), "sfs": score}

@@ -8,12 +8,14 @@ the run's folder.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..crnet.cross_layer_linear import b_of
@@ -83,8 +85,12 @@ def increment_ratios(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Table
     def measure(module, arguments, output):
         output = output[0] if isinstance(output, tuple) else output
         carried = module.b() * arguments[1]
-        increment = torch.linalg.vector_norm((output - carried).float())
-        ratios[module] = increment / torch.linalg.vector_norm(carried.float()).clamp_min(1e-30)
+        squares = torch.stack([x.float().square().sum() for x in (output - carried, carried)])
+        split = getattr(module, "split", None)
+        if split is not None and split.by_columns:  # tensor parallelism: a slice of both
+            dist.all_reduce(squares, group=split.group)
+        increment, base = squares.sqrt()
+        ratios[module] = increment / base.clamp_min(1e-30)
 
     linears = cross_layer_linears(model)
     hooks = [m.register_forward_hook(measure) for modules in linears.values() for m in modules if m is not None]
@@ -97,6 +103,17 @@ def increment_ratios(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Table
         for hook in hooks:
             hook.remove()
     return _table(linears, lambda module: _whole(ratios[module]))
+
+
+def largest_increment(ratios: Table) -> tuple[float, str] | None:
+    """(largest ratio, "layers.7.down") of what `increment_ratios` gave; where one is not a number, that one."""
+    found = [
+        (value, f"layers.{layer_idx}.{position}")
+        for position, row in ratios.items()
+        for layer_idx, value in enumerate(row, 1)
+        if value is not None
+    ]
+    return max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0], default=None)
 
 
 class HealthLog:
@@ -168,5 +185,6 @@ __all__ = [
     "cross_layer_linears",
     "gradient_norms",
     "increment_ratios",
+    "largest_increment",
     "read_health",
 ]

@@ -126,6 +126,7 @@ class OwnProcess:
         self._ask("whether it is ready")
 
     def __call__(self) -> None:
+        """One training step, waited for."""
         self._ask("step")
 
     def _ask(self, what: str) -> None:

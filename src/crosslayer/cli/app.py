@@ -1,6 +1,7 @@
 """The `crosslayer` command: its verbs, and what it does with errors.
 
-Exit code 0 on success, 2 for wrong input, 1 for a failure while running; errors are one line on standard error.
+Exit code 0 on success, 2 for wrong input, 1 for a failure while running, 75 for a run that was asked to stop and saved
+a checkpoint; errors are one line on standard error.
 CROSSLAYER_DEBUG=1 shows the traceback of an error.
 """
 
@@ -11,12 +12,13 @@ from typing import Annotated
 
 import typer
 
-from ..errors import CrossLayerError, RunInterruptedError, TrainingError
-from . import analyze, bench, compare, evaluate, finetune, generate, interrupt, plan, prepare, pretrain, recipes
+from ..errors import CrossLayerError, RunInterruptedError, RunStoppedError, TrainingError
+from . import analyze, bench, compare, evaluate, export, finetune, generate, interrupt, plan, prepare, pretrain, recipes
 from .common import help_without_arguments
 from .ranges import checked
 
 NAME = "crosslayer"
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 app = typer.Typer(name=NAME, rich_markup_mode=None, pretty_exceptions_enable=False)
 # What the parser raises for wrong options and verbs; typer exports it only as the base of this one.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
@@ -27,6 +29,7 @@ app.command(context_settings=ANY_FIELD)(checked(finetune.finetune))
 app.command(context_settings=ANY_FIELD)(checked(compare.compare))
 app.command()(checked(evaluate.evaluate))
 app.command()(checked(generate.generate))
+app.command()(checked(export.export))
 app.command()(checked(plan.plan))
 app.command()(checked(analyze.analyze))
 app.add_typer(bench.bench, name="bench")
@@ -62,9 +65,13 @@ def run() -> None:
         code = app(standalone_mode=False, prog_name=NAME)
         if interrupt.was_interrupted():  # typer makes an exit code of it
             interrupt.end()
+        leave_process_group()
         sys.exit(code if isinstance(code, int) else 0)
     except USAGE_ERROR as error:
         fail(error.format_message(), 2, error)  # type: ignore[attr-defined]
+    except RunStoppedError as error:
+        leave_process_group()
+        interrupt.end(str(error), STOPPED)
     except RunInterruptedError as error:
         interrupt.end(str(error))
     except CrossLayerError as error:
@@ -73,6 +80,13 @@ def run() -> None:
         interrupt.end()
     except Exception as error:
         fail(f"{type(error).__name__}: {error} (CROSSLAYER_DEBUG=1 shows where)", 1, error)
+
+
+def leave_process_group() -> None:
+    """Of a launch: gloo's threads would abort a process that ends with them."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def fail(message: str, code: int, error: BaseException | None = None) -> None:

@@ -48,6 +48,9 @@ def finetune(
         spelled("output_dir", "Folder of the run [default: runs/NAME, or TASK_METHOD]."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    resume_from: Annotated[
+        int | None, spelled("resume_from", "Go on from checkpoint-N; later ones are thrown away.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run in the folder.")] = False,
     dry_run: Annotated[bool, spelled("dry-run", "Show what would run, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON.")] = False,
@@ -56,8 +59,8 @@ def finetune(
 
     Other fields are overridden by their names: of the data (--text_column, --text_pair_column, --label_column,
     --num_labels, --max_length, --max_train_rows, --validation_data, ...), of the method (--rank, --alpha, --dropout,
-    --max_fuses, --max_injections, --criterion, ...) and of transformers' TrainingArguments (--learning_rate 1e-3,
-    --num_train_epochs 5, ...).
+    --max_fuses, --max_injections, --criterion, ...), of what is watched (--on_nonfinite, --max_hours, ...) and of
+    transformers' TrainingArguments (--learning_rate 1e-3, --num_train_epochs 5, ...).
     """
     from .common import parse_overrides, print_json, quiet_libraries
 
@@ -78,11 +81,12 @@ def finetune(
     else:
         parsed = load_finetune_recipe(recipe, overrides)
     folder = output_dir or f"runs/{parsed.name}"
-    interrupt.goes_on(folder, resume=resume)
+    interrupt.goes_on(folder, resume=resume or resume_from is not None)
     report = training.finetune(
         parsed,
         folder,
         resume=resume,
+        resume_from=resume_from,
         overwrite=overwrite,
         dry_run=dry_run,
         show_plan=(lambda plan: print_json(asdict(plan)) if dry_run else None) if as_json else show_plan,

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..private import run_exit_functions
@@ -56,12 +57,12 @@ def goes_on(folder: str | Path, *, resume: bool) -> None:
     _run = (path, None if resume else _time_of(path))
 
 
-def end(message: str = "interrupted") -> None:
-    """Say the line, with the command that goes on, and exit with 1."""
+def end(message: str = "interrupted", code: int = 1) -> None:
+    """Say the line, with the command that goes on, and exit."""
     say(message)
     if _interrupted.is_set():
         _leave()
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _leave() -> None:
@@ -81,7 +82,7 @@ def _leave() -> None:
 
 
 def say(message: str = "interrupted") -> None:
-    """The one line about an interruption, on standard error; from the first process of a launch alone."""
+    """The one line about an early end, on standard error; from the first process of a launch alone."""
     if (_interrupted.is_set() and _said.is_set()) or int(os.environ.get("RANK", "0")) != 0:
         return
     _said.set()
@@ -99,12 +100,26 @@ def command_to_go_on() -> str | None:
     path, before = _run
     if _time_of(path) in (None, before):
         return None
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
+    arguments = [argument for argument in _without_resume_from(sys.argv[1:]) if argument not in _WHERE_TO_START]
     if "RANK" in os.environ:  # a launcher stands before it
         return "the same with --resume"
     import shlex
 
     return shlex.join(["crosslayer", *arguments, "--resume"])
+
+
+_WHERE_TO_START = ("--overwrite", "--resume")
+
+
+def _without_resume_from(arguments: list[str]) -> Iterator[str]:
+    """The run has gone on from there: its newest checkpoint is the one to go on from now."""
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.replace("-", "_").partition("=")
+        if name != "__resume_from":
+            yield argument
+        elif not equals:
+            next(rest, None)
 
 
 def _time_of(path: Path) -> int | None:

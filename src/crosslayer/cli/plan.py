@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..accounting import Shape
-    from ..accounting.plan import MemoryPlan
 
 
 def plan(
@@ -37,16 +36,35 @@ def plan(
     ] = "bf16_autocast",
     utilisation: Annotated[float, typer.Option(help="Share of the device's peak that is reached.")] = 0.4,
     reserve: Annotated[float, typer.Option(help="Share of the memory that is left alone.")] = 0.08,
-    tensor_parallel: Annotated[int, spelled("tensor-parallel", "Devices that split each layer.")] = 1,
-    sharding: Annotated[str, typer.Option(help="auto (DDP where something fits, else FSDP), ddp or fsdp.")] = "auto",
+    tensor_parallel: Annotated[
+        int | None, spelled("tensor-parallel", "Devices that split each layer [default: the fastest].")
+    ] = None,
+    fsdp: Annotated[
+        int | None,
+        typer.Option(help="Devices that share weights, gradients and states; 1 is DDP [default: the fastest]."),
+    ] = None,
+    micro_batch: Annotated[int | None, spelled("micro-batch", "Sequences on each [default: the fastest].")] = None,
+    gpus_per_node: Annotated[int, spelled("gpus-per-node", "Devices of a node.")] = 8,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Bytes a second that each sends within a node, as 360GB [default: 0.8 of the data sheet]."),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="The same to other nodes, as 40GB [default: 0.8 of the data sheet].")
+    ] = None,
+    no_overlap: Annotated[
+        bool, spelled("no-overlap", "FSDP and DDP send after they have computed, not while they do.")
+    ] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Every setting that was looked at.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What fits, what it costs and how long it takes: arithmetic, on any machine.
 
-    For example: crosslayer plan --model llama_7b --gpu-memory 80GB --gpus 8 --sequence 4096
+    For example: crosslayer plan --model llama_7b --gpu-memory 80GB --gpus 64 --tensor-parallel 2 --sequence 4096
     """
     from ..accounting.planner import make_plan, parse_bytes, parse_tokens
     from .common import print_json
+    from .plan_tables import show
 
     shape = read_model(model)
     found = make_plan(
@@ -64,12 +82,17 @@ def plan(
         utilisation=utilisation,
         reserve=reserve,
         tensor_parallel=tensor_parallel,
-        sharding=sharding,
+        fsdp=fsdp,
+        micro_batch=micro_batch,
+        gpus_per_node=gpus_per_node,
+        bandwidth=None if bandwidth is None else parse_bytes(bandwidth, "bandwidth"),
+        network=None if network is None else parse_bytes(network, "network"),
+        overlap=not no_overlap,
     )
     if as_json:
         print_json(found.to_dict())
     else:
-        show(found)
+        show(found, show_all)
 
 
 def read_model(model: str) -> "Shape | dict[str, Any] | str":
@@ -105,77 +128,3 @@ def read_model(model: str) -> "Shape | dict[str, Any] | str":
     if not isinstance(fields, dict):
         raise ConfigError(f"model {model!r} holds no model: give a config.json, or a recipe with a model section")
     return Shape.of(fields)
-
-
-def show(plan: "MemoryPlan") -> None:
-    """Table of settings, the recommendation, its recipe lines, and the other methods."""
-    import yaml
-    from rich.console import Console
-    from rich.table import Table
-
-    from ..accounting.planner import show_bytes
-
-    console = Console(highlight=False)
-    rank = f", rank {plan.rank}" if plan.rank else ""
-    console.print(
-        f"{plan.model}, {plan.method}{rank}: {plan.parameters / 1e6:,.2f}M parameters"
-        + (f", {plan.trainable / 1e6:,.2f}M trained" if plan.trainable != plan.parameters else "")
-    )
-    console.print(
-        f"{plan.gpus} x {plan.device}, {show_bytes(plan.gpu_memory_bytes)} each, {show_bytes(plan.usable_bytes)} to "
-        f"use; {plan.precision}, sequences of {plan.sequence:,} tokens; {plan.tokens / 1e9:,.3g}B tokens at "
-        f"{plan.utilisation:.0%} of {plan.peak_flops / 1e12:,.0f} TFLOP/s\n"
-    )
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    for title in ("recompute", "micro-batch", "fits", "peak", "weights", "gradients", "optimizer", "activations"):
-        table.add_column(title, justify="left" if title in ("recompute", "fits") else "right")
-    for title in ("live", "logits", "temporary", "GFLOP/token", "tokens/s", "days", "device-hours"):
-        table.add_column(title, justify="right")
-    for setting in plan.settings:
-        memory = [f"{setting.memory_bytes[part] / 1e9:.1f}" for part in setting.memory_bytes]
-        table.add_row(
-            setting.label,
-            f"{setting.micro_batch} x {setting.accumulation}",
-            "yes" if setting.fits else "no",
-            f"{setting.peak_bytes / 1e9:.1f}",
-            *memory,
-            f"{sum(setting.operations_per_token.values()) / 1e9:,.1f}",
-            f"{setting.tokens_per_s:,.0f}",
-            f"{setting.days:,.1f}",
-            f"{setting.device_hours:,.0f}",
-        )
-    console.print(table)
-    console.print("GB on each device; micro-batch x accumulation on each\n", style="dim")
-    best = plan.recommended
-    sharding = "" if best.setting.sharding == "none" else f", {best.setting.sharding.upper()}"
-    console.print(f"recommended: recompute {best.setting.label}, micro-batch {best.setting.micro_batch}{sharding}")
-    console.print(f"because it is {best.reason}\n")
-    if best.recipe:
-        console.print(yaml.safe_dump(best.recipe, sort_keys=False))
-    beside = Table(box=None, padding=(0, 1), header_style="bold")
-    for title in ("beside it", "parameters", "recompute", "micro-batch", "peak GB", "tokens/s", "days", "device-hours"):
-        beside.add_column(title, justify="left" if title in ("beside it", "recompute") else "right")
-    refused = []
-    for name, other in {plan.method: best, **plan.beside}.items():
-        if isinstance(other, str):
-            refused.append(other)
-            continue
-        setting = other.setting
-        beside.add_row(
-            name,
-            f"{other.parameters / 1e6:,.1f}M",
-            setting.label + ("" if setting.sharding == "none" else f", {setting.sharding.upper()}"),
-            f"{setting.micro_batch} x {setting.accumulation}",
-            f"{setting.peak_bytes / 1e9:.1f}",
-            f"{setting.tokens_per_s:,.0f}",
-            f"{setting.days:,.1f}",
-            f"{setting.device_hours:,.0f}",
-        )
-    console.print(beside)
-    for reason in refused:
-        console.print(reason)
-    console.print(
-        "\nOne utilisation for all: methods with fewer operations reach less of the peak (docs/accounting.md). "
-        "Communication is not counted.",
-        style="dim",
-    )

@@ -19,6 +19,9 @@ def pretrain(
     recipe: Annotated[str, recipe_option("A name that `crosslayer recipes` lists, or a YAML file.")],
     output_dir: Annotated[str | None, spelled("output_dir", "Folder of the run [default: runs/NAME].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    resume_from: Annotated[
+        int | None, spelled("resume_from", "Go on from checkpoint-N; later ones are thrown away.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the run in the folder.")] = False,
     dry_run: Annotated[bool, spelled("dry-run", "Show what would run, then stop.")] = False,
     prompt: Annotated[
@@ -31,8 +34,9 @@ def pretrain(
 
     Every field of the recipe can be overridden by its name, for example --learning_rate 1e-3, --hidden_size 256,
     --data ./texts, --per_device_train_batch_size 16. Fields: those of the model configuration (CRNetConfig), of the
-    data (--data, --tokenizer, --block_size, ...), the learning-rate factors (--full_rank_lr_factor, ...) and those of
-    transformers' TrainingArguments. Where two sections know a name, write --data.seed.
+    data (--data, --tokenizer, --block_size, ...), the learning-rate factors (--full_rank_lr_factor, ...), what is
+    watched (--on_nonfinite, --max_hours, ...) and those of transformers' TrainingArguments. Where two sections know a
+    name, write --data.seed.
     """
     from .common import parse_overrides, print_json, quiet_libraries
 
@@ -45,11 +49,12 @@ def pretrain(
 
     parsed = load_recipe(recipe, overrides)
     folder = output_dir or f"runs/{parsed.name}"
-    interrupt.goes_on(folder, resume=resume)
+    interrupt.goes_on(folder, resume=resume or resume_from is not None)
     report = training.pretrain(
         parsed,
         folder,
         resume=resume,
+        resume_from=resume_from,
         overwrite=overwrite,
         dry_run=dry_run,
         show_plan=(lambda plan: print_json(asdict(plan)) if dry_run else None) if as_json else show_plan,

@@ -154,7 +154,7 @@ def run_once(job: Job, folder: Path) -> RunResult:
         "parameters": count_parameters(config),
         "flops_per_token": training_flops_per_token(config, recipe.data.block_size),
         "peak_memory_bytes": estimate_memory(
-            config, training_step(arguments, recipe.data.block_size), training_method(config, arguments)
+            config, training_step(recipe, arguments), training_method(config, arguments)
         ),
     }
     write_json(path, result)

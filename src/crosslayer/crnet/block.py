@@ -40,6 +40,7 @@ class Stage:
 
     @property
     def reads_h(self) -> bool:
+        """Whether it reads the hidden states; else it reads Y of earlier stages."""
         return self.reads == ("h",)
 
 
@@ -73,6 +74,7 @@ class CrossLayerBlock(GradientCheckpointingLayer):
         return module
 
     def linear(self, position: str) -> nn.Module:
+        """The module of a position, looked up as `find` does."""
         return self.find(self.places[position].module)
 
     def forward(
@@ -138,6 +140,7 @@ class LlamaBlock(CrossLayerBlock):
         self.add_linears(config)
 
     def add_functions(self, config, layer_idx: int) -> None:
+        """Makes the modules that `stages` name, without the linears. A family with others overrides it."""
         self.self_attn = self.attention_class(config, layer_idx)
         self.mlp = GatedMLP(getattr(config, self.activation_field))
         self.input_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)

@@ -44,6 +44,7 @@ class State:
         return self.h._version == self.version
 
     def tensors(self) -> list[torch.Tensor]:
+        """h and every Y."""
         return [self.h, *self.Y.values()]
 
 
@@ -59,6 +60,7 @@ class Kept:
     dtype: torch.dtype | None = None  # in which functions read Y
 
     def tensors(self) -> list[torch.Tensor]:
+        """Everything it holds, random states and waiting graphs included."""
         random_states = [tensor for state in self.random_states.values() for tensor in state]
         graphs = [tensor for graph in self.graphs.values() for tensor in graph.tensors()]
         return [*self.first.values(), *self.outputs.values(), *self.choices.values(), *graphs, *random_states]

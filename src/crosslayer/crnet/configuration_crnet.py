@@ -11,5 +11,7 @@ POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @strict
 class CRNetConfig(CrossLayerFields, LlamaConfig):
-    __doc__ = CrossLayerFields.__doc__
+    """CR-Net on Llama's block (arXiv 2509.18993): `LlamaConfig` with the fields of `CrossLayerFields`."""
+
+    __doc__ = CrossLayerFields.__doc__  # for help(): the fields
     model_type = "crnet"

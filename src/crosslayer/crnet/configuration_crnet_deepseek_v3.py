@@ -9,13 +9,17 @@ from .positions import AttentionShape, Mixture, Position, gated_mlp_positions
 
 @strict
 class CRNetDeepseekV3Config(CrossLayerFields, DeepseekV3Config):
-    __doc__ = CrossLayerFields.__doc__
+    """CR-Net on DeepSeek-V3's block (arXiv 2412.19437): `DeepseekV3Config` with `CrossLayerFields`."""
+
+    __doc__ = CrossLayerFields.__doc__  # for help(): the fields
     model_type = "crnet_deepseek_v3"
 
     def is_sparse(self, layer_idx: int) -> bool:
+        """Whether the block has experts: all but the first `first_k_dense_replace`."""
         return layer_idx >= self.first_k_dense_replace
 
     def attention_shape(self, layer_idx: int) -> AttentionShape:
+        """Keys as wide as their plain and rotated parts together, values of `v_head_dim`; no heads share them."""
         heads = self.num_attention_heads
         return AttentionShape(heads, heads, self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)
 
@@ -46,10 +50,12 @@ class CRNetDeepseekV3Config(CrossLayerFields, DeepseekV3Config):
         return attention | shared | {"experts": Position("mlp", h, h, mixture=mixture)}
 
     def norm_parameters(self, layer_idx: int | None) -> int:
+        """Llama's, and in a block one norm for each latent: of keys and values, of queries if they have one."""
         latents = 0 if layer_idx is None else self.kv_lora_rank + (self.q_lora_rank or 0)
         return super().norm_parameters(layer_idx) + latents
 
     def validate_architecture(self) -> None:
+        """As in every family; ValueError too where `n_group` and `topk_group` do not fit the experts."""
         super().validate_architecture()
         experts, active, groups, chosen = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
         if experts % groups or not 1 <= chosen <= groups or active > experts // groups * chosen:

@@ -8,5 +8,7 @@ from .configuration_cross_layer import CrossLayerFields
 
 @strict
 class CRNetMistralConfig(CrossLayerFields, MistralConfig):
-    __doc__ = CrossLayerFields.__doc__
+    """CR-Net on Mistral's block: `MistralConfig` with the fields of `CrossLayerFields`."""
+
+    __doc__ = CrossLayerFields.__doc__  # for help(): the fields
     model_type = "crnet_mistral"

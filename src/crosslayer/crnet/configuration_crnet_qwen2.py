@@ -8,8 +8,11 @@ from .configuration_cross_layer import CrossLayerFields
 
 @strict
 class CRNetQwen2Config(CrossLayerFields, Qwen2Config):
-    __doc__ = CrossLayerFields.__doc__
+    """CR-Net on Qwen2's block: `Qwen2Config` with the fields of `CrossLayerFields`."""
+
+    __doc__ = CrossLayerFields.__doc__  # for help(): the fields
     model_type = "crnet_qwen2"
 
     def linear_biases(self) -> tuple[bool, bool, bool]:
+        """On q, k and v alone."""
         return True, False, False

@@ -111,6 +111,7 @@ class CrossLayerFields:
         return attention, attention, getattr(self, "mlp_bias", False)
 
     def attention_shape(self, layer_idx: int) -> AttentionShape:
+        """Heads, key-value heads, their width, and the window where the block's attention slides."""
         config: Any = self
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -178,6 +179,7 @@ class CrossLayerFields:
     # Checks across fields; called at construction and before saving
 
     def validate_architecture(self) -> None:
+        """Raises ValueError where fields do not fit one another; `Raises` of the class lists them."""
         check = getattr(super(), "validate_architecture", None)
         if check is not None:
             check()

@@ -32,10 +32,12 @@ class LowRankLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """Width of x, as A has it."""
         return self.A.in_features
 
     @property
     def out_features(self) -> int:
+        """Width of y, as B has it."""
         return self.B.out_features
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,6 +100,7 @@ class CrossLayerLinear(LowRankLinear):
         return total.view(previous.shape)
 
     def extra_repr(self) -> str:
+        """How beta started, its epsilon, and the activation, for `print(model)`."""
         return f"beta_init={self.beta_init}, beta_epsilon={self.beta_epsilon}, activation={self.activation}"
 
 

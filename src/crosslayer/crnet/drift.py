@@ -43,10 +43,13 @@ class DriftMeter:
         self.small_b: set[tuple[int, str]] = set()
 
     def restart(self) -> None:
+        """Forgets the drift of the backward before; `small_b` stays."""
         self.latest = None
 
     def record(self, drift: torch.Tensor) -> None:
+        """One more drift, a 0-dim tensor; kept where it is the largest. The device is not waited for."""
         self.latest = drift if self.latest is None else torch.maximum(self.latest, drift)
 
     def value(self) -> float | None:
+        """The largest as a number, which waits for the device; None where none was recorded."""
         return None if self.latest is None else float(self.latest)

@@ -37,6 +37,7 @@ class CarriedRMSNorm(nn.Module):
         return self.weight.to(dtype)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`scale` h / sqrt(mean(h^2) + eps): [..., D] -> [..., D]."""
         dtype = carry_dtype(hidden_states.dtype)
         normed = nn.functional.rms_norm(
             hidden_states.to(dtype), self.weight.shape, self.scale(dtype), self.variance_epsilon
@@ -44,6 +45,7 @@ class CarriedRMSNorm(nn.Module):
         return normed.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
+        """Shape of the weight and eps, for `print(model)`."""
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
@@ -55,6 +57,7 @@ class CarriedOffsetRMSNorm(CarriedRMSNorm):
         nn.init.zeros_(self.weight)
 
     def scale(self, dtype: torch.dtype) -> torch.Tensor:
+        """1 + weight, [D]."""
         return 1.0 + self.weight.to(dtype)
 
 
@@ -68,6 +71,7 @@ class CarriedLayerNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """w (h - mean(h)) / sqrt(var(h) + eps) + bias: [..., D] -> [..., D]."""
         dtype = carry_dtype(hidden_states.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         normed = nn.functional.layer_norm(
@@ -161,4 +165,5 @@ class HeadNormAttention(Attention):
         self.k_norm = self.norm_class(self.head_dim, eps=config.rms_norm_eps)
 
     def normalise(self, query, key):
+        """Queries and keys [B, T, heads, head_dim], each head normed."""
         return self.q_norm(query), self.k_norm(key)

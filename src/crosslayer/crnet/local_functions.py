@@ -41,6 +41,7 @@ class RMSNormGradient:
 
     @staticmethod
     def fits(norm: CarriedRMSNorm) -> bool:
+        """Always: norms of these classes have no variants."""
         return True
 
     def gradients(self, dx: torch.Tensor, found: Gradients, add_to=None, out=None) -> tuple[torch.Tensor]:
@@ -67,6 +68,7 @@ class GateGradient:
 
     @staticmethod
     def fits(mlp: GatedMLP) -> bool:
+        """Whether the activation is SiLU, and nobody watches it."""
         return type(mlp.act_fn) in SILU and not is_watched(mlp.act_fn)
 
     def gradients(self, d_output: torch.Tensor, found: Gradients) -> tuple[torch.Tensor, ...]:
@@ -94,10 +96,12 @@ class Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d):
+        """d of the result -> d x, turned the other way; nothing for cos and sin."""
         return turn(-1, d, *ctx.given), None, None, None, None
 
 
 def turn(sign: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, name: str, scratch: Scratch):
+    """x [B, T, heads, head_dim] rotated, or with sign -1 rotated back: a tensor of `scratch`, named by `name`."""
     dtype, half = torch.promote_types(x.dtype, cos.dtype), x.shape[-1] // 2
     out = torch.mul(x, cos, out=scratch.get(("rotation", name), x.shape, x, dtype))
     turned = scratch.get(("rotation", "half"), (*x.shape[:-1], half), x, dtype)
@@ -162,6 +166,7 @@ class AttentionGraph(LocalGraph):
         self.held = held
 
     def gradients(self, d_output, found, add_to=None, out=None, d_beside=()):
+        """As in `LocalGraph`; then the q, k and v that were made again for it are freed."""
         gradients = super().gradients(d_output, found, add_to, out, d_beside)
         self.rebuilt.clear()
         return gradients
@@ -197,6 +202,7 @@ def is_split(module: nn.Module) -> bool:
 
 
 def first_of(output: Any) -> torch.Tensor:
+    """A module's output, or the first of a tuple, such as attention without its weights."""
     return output[0] if isinstance(output, tuple) else output
 
 

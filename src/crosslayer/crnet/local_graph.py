@@ -33,6 +33,7 @@ class Scratch:
         return buffer[:size].view(shape)
 
     def clear(self) -> None:
+        """Lets go of all buffers; tensors already handed out stay as they are."""
         self.buffers.clear()
 
 

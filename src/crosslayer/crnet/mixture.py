@@ -115,6 +115,7 @@ class MixtureBlock:
     """Of a block with a mixture: its router's logits go where they are recorded."""
 
     def hand_out(self, beside) -> None:
+        """Router logits [tokens, E] to the module where transformers records them."""
         for logits in beside:
             self.router_logits(logits)  # type: ignore[attr-defined]
 

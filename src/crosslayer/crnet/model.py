@@ -184,6 +184,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
 
     @property
     def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, bottom first."""
         return self.layers
 
     def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -220,10 +221,10 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        given_positions = position_ids  # ours restart nowhere: the mask need not read them back from the device
         if position_ids is None:
             seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens
-            position_ids = positions.unsqueeze(0)
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen_tokens
 
         if use_cache and past_key_values is None and self._policy() not in (None, "none") and self._trains():
             logger.warning_once(f"A cache does not go with recompute={self._policy()!r}. Setting `use_cache=False`.")
@@ -236,7 +237,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids,
+                position_ids=given_positions,
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -406,6 +407,7 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
         return self.output(outputs, loss, logits, attention_mask=attention_mask)
 
     def output(self, outputs: BaseModelOutputWithPast, loss, logits, **arguments) -> CausalLMOutputWithPast:
+        """What `forward` returns. `arguments` has the attention mask, for families that add a loss of their own."""
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -23,10 +23,13 @@ class CRNetDeepseekV3LatentRMSNorm(CarriedRMSNorm):
     """The norm of a latent; what stands behind it in the same vector is left out."""
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """[B, T, latent + what stands behind it] -> [B, T, latent]."""
         return super().forward(latent[..., : self.weight.shape[0]])
 
 
 class CRNetDeepseekV3Attention(Attention):
+    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads from one latent a token."""
+
     def __init__(self, config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.scaling = theirs.yarn_apply_mscale(config.rope_parameters, self.head_dim**-0.5)
@@ -59,11 +62,14 @@ class CRNetDeepseekV3Attention(Attention):
         return torch.cat([query, query_rotated], -1), torch.cat([key, key_rotated], -1), value
 
     def core(self, query, key, value, past_key_values=None, attention_mask=None, **arguments):
+        """As in `Attention`; a cache of latents was filled by `prepare`, and is not passed on."""
         cache = None if self.caches_latent else past_key_values
         return super().core(query, key, value, cache, attention_mask, **arguments)
 
 
 class CRNetDeepseekV3Router(theirs.DeepseekV3TopkRouter):
+    """transformers' router, which can also weigh experts that were chosen before."""
+
     def weights_of(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Sigmoids of those chosen, as in `forward`."""
         weights = logits.sigmoid().gather(1, chosen)
@@ -72,9 +78,12 @@ class CRNetDeepseekV3Router(theirs.DeepseekV3TopkRouter):
 
 
 class CRNetDeepseekV3DecoderLayer(MixtureBlock, LlamaBlock):
+    """DeepSeek-V3's block (arXiv 2412.19437): latent attention, then an MLP or experts beside a shared one."""
+
     attention_class = CRNetDeepseekV3Attention
 
     def add_functions(self, config, layer_idx: int) -> None:
+        """As in Llama's block, or a mixture in place of the MLP; then the `stages` that go with them."""
         super().add_functions(config, layer_idx)
         mlp = self.stages[2:]
         if config.is_sparse(layer_idx):
@@ -98,19 +107,27 @@ class CRNetDeepseekV3DecoderLayer(MixtureBlock, LlamaBlock):
 
 
 class CRNetDeepseekV3PreTrainedModel(MixtureModel, CrossLayerPreTrainedModel):
+    """Base of every CR-Net on DeepSeek-V3's block: configuration, initialisation, memory policies."""
+
     config_class = CRNetDeepseekV3Config
     _no_split_modules = ["CRNetDeepseekV3DecoderLayer"]
 
 
 class CRNetDeepseekV3Model(CrossLayerModel, CRNetDeepseekV3PreTrainedModel):
+    """The decoder, with the interface of `DeepseekV3Model`: token ids [B, T] -> hidden states [B, T, D]."""
+
     block_class = CRNetDeepseekV3DecoderLayer
     output_class = MoeModelOutputWithPast
     rotary_class = theirs.DeepseekV3RotaryEmbedding
 
 
 class CRNetDeepseekV3ForCausalLM(CrossLayerForCausalLM, CRNetDeepseekV3PreTrainedModel):
+    """The decoder with a language-modelling head: token ids [B, T] -> logits [B, T, V], and a loss with labels."""
+
     body_class = CRNetDeepseekV3Model
 
 
 class CRNetDeepseekV3ForSequenceClassification(CrossLayerForSequenceClassification, CRNetDeepseekV3PreTrainedModel):
+    """The decoder with a classifier on the last token that is not padding: [B, T] -> logits [B, num_labels]."""
+
     body_class = CRNetDeepseekV3Model

@@ -16,6 +16,8 @@ from .model import (
 
 
 class CRNetGPT2Attention(Attention):
+    """Attention without rotation; `scale_attn_weights` and `scale_attn_by_inverse_layer_idx` scale the scores."""
+
     def __init__(self, config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.scaling = self.scaling if config.scale_attn_weights else 1.0
@@ -25,11 +27,16 @@ class CRNetGPT2Attention(Attention):
 
 
 class CRNetGPT2MLP(GatedMLP):
+    """act(Y_up): there is no gate."""
+
     def forward(self, y_up: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """[B, T, F] -> [B, T, F]."""
         return self.act_fn(y_up)
 
 
 class CRNetGPT2Block(CrossLayerBlock):
+    """GPT-2's block: layer norms, an MLP without a gate, and dropout between Y and h if `resid_pdrop` > 0."""
+
     def __init__(self, config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         attended, output = ("attended_dropout", "mlp_dropout") if config.resid_pdrop > 0 else (None, None)
@@ -48,6 +55,8 @@ class CRNetGPT2Block(CrossLayerBlock):
 
 
 class CRNetGPT2PreTrainedModel(CrossLayerPreTrainedModel):
+    """Base of every CR-Net on GPT-2's block: configuration, initialisation, memory policies."""
+
     config_class = CRNetGPT2Config
     base_model_prefix = "transformer"
     causal_suffix = "LMHeadModel"
@@ -63,10 +72,13 @@ class CRNetGPT2PreTrainedModel(CrossLayerPreTrainedModel):
 
 
 class CRNetGPT2Model(CrossLayerModel, CRNetGPT2PreTrainedModel):
+    """The decoder, with the interface of `GPT2Model`: token ids [B, T] -> hidden states [B, T, D]."""
+
     block_class = CRNetGPT2Block
     rotary_class = None
 
     def build(self, config) -> None:
+        """Token and position embeddings, blocks and the last norm, under the names of transformers' GPT-2."""
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -75,19 +87,26 @@ class CRNetGPT2Model(CrossLayerModel, CRNetGPT2PreTrainedModel):
 
     @property
     def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, bottom first."""
         return self.h
 
     def embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings plus those of the positions, with dropout: [B, T, D] -> [B, T, D]."""
         return self.drop(inputs_embeds + self.wpe(position_ids))
 
     def last(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The layer norm after the last block: [B, T, D] -> [B, T, D]."""
         return self.ln_f(hidden_states)
 
 
 class CRNetGPT2LMHeadModel(CrossLayerForCausalLM, CRNetGPT2PreTrainedModel):
+    """The decoder with a language-modelling head: token ids [B, T] -> logits [B, T, V], and a loss with labels."""
+
     body_class = CRNetGPT2Model
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
 
 class CRNetGPT2ForSequenceClassification(CrossLayerForSequenceClassification, CRNetGPT2PreTrainedModel):
+    """The decoder with a classifier on the last token that is not padding: [B, T] -> logits [B, num_labels]."""
+
     body_class = CRNetGPT2Model

@@ -18,6 +18,8 @@ from .model import (
 
 
 class CRNetQwen3MoeRouter(theirs.Qwen3MoeTopKRouter):
+    """transformers' router, which can also weigh experts that were chosen before."""
+
     def weights_of(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Softmax over all experts, at those chosen, as in `forward`."""
         weights = nn.functional.softmax(logits, dtype=torch.float, dim=-1).gather(1, chosen)
@@ -31,6 +33,7 @@ class CRNetQwen3MoeDecoderLayer(MixtureBlock, LlamaBlock):
     attention_class = HeadNormAttention
 
     def add_functions(self, config, layer_idx: int) -> None:
+        """As in Qwen3's block; in a sparse one the MLP and its two stages become one mixture."""
         super().add_functions(config, layer_idx)
         self.is_sparse = config.is_sparse(layer_idx)
         if not self.is_sparse:
@@ -41,11 +44,15 @@ class CRNetQwen3MoeDecoderLayer(MixtureBlock, LlamaBlock):
 
 
 class CRNetQwen3MoePreTrainedModel(MixtureModel, CrossLayerPreTrainedModel):
+    """Base of every CR-Net on Qwen3-MoE's block: configuration, initialisation, memory policies."""
+
     config_class = CRNetQwen3MoeConfig
     _no_split_modules = ["CRNetQwen3MoeDecoderLayer"]
 
 
 class CRNetQwen3MoeModel(CrossLayerModel, CRNetQwen3MoePreTrainedModel):
+    """The decoder, with the interface of `Qwen3MoeModel`: token ids [B, T] -> hidden states [B, T, D]."""
+
     block_class = CRNetQwen3MoeDecoderLayer
     output_class = MoeModelOutputWithPast
 
@@ -56,6 +63,11 @@ class CRNetQwen3MoeForCausalLM(CrossLayerForCausalLM, CRNetQwen3MoePreTrainedMod
     body_class = CRNetQwen3MoeModel
 
     def output(self, outputs, loss, logits, attention_mask=None, **kwargs) -> MoeCausalLMOutputWithPast:
+        """What `forward` returns, with the balancing loss of Switch Transformers (arXiv 2101.03961).
+
+        `aux_loss` is there where router logits were recorded, over all their layers together; it is added to the loss
+        if there is one.
+        """
         balance, config = None, self.config
         if outputs.router_logits is not None:
             mask = attention_mask if torch.is_tensor(attention_mask) else None
@@ -75,4 +87,6 @@ class CRNetQwen3MoeForCausalLM(CrossLayerForCausalLM, CRNetQwen3MoePreTrainedMod
 
 
 class CRNetQwen3MoeForSequenceClassification(CrossLayerForSequenceClassification, CRNetQwen3MoePreTrainedModel):
+    """The decoder with a classifier on the last token that is not padding: [B, T] -> logits [B, num_labels]."""
+
     body_class = CRNetQwen3MoeModel

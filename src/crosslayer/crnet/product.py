@@ -193,6 +193,7 @@ class OpaqueProduct:
     gradient_of_b = staticmethod(Product.gradient_of_b)
 
     def output(self, increment: torch.Tensor) -> torch.Tensor:
+        """Y of a position that does not build on another: the increment itself."""
         return increment
 
     def advance(self, previous: torch.Tensor, increment: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

@@ -14,6 +14,7 @@ def get_random_state(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def set_random_state(states: list[torch.Tensor], tensor: torch.Tensor) -> None:
+    """Puts back what `get_random_state` gave for this tensor, or for one on the same device."""
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.get_device_module(tensor.device).set_rng_state(state, tensor.device)

@@ -78,6 +78,11 @@ class Tape:
         return _LayerFunction.apply(self, len(self.has_below), h, tuple(parameters), *parameters.values())
 
     def forward(self, index: int, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One layer, the next one upwards: h [B, T, D] -> (h after it [B, T, D], what positions return beside Y).
+
+        Called by `run`'s Function, so without autograd. Raises RuntimeError where somebody wrote over the live hidden
+        states.
+        """
         layer = self.layers[index]
         self.has_below.append(set(self.live.Y) if self.live is not None else set())
         if self.b[index] is None:

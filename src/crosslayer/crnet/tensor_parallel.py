@@ -25,9 +25,8 @@ from transformers.distributed.tensor_parallel import TensorParallelLayer
 
 from .cross_layer_linear import GIVES_INCREMENT, CrossLayerLinear, LowRankLinear, is_watched
 from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm
+from .positions import COLUMNS, check_split
 from .product import PRODUCTS, Product
-
-COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
 
 
 class _Copy(torch.autograd.Function):
@@ -73,12 +72,15 @@ class Split:
 
     @property
     def group(self):
+        """The process group of the ranks."""
         return self.mesh.get_group()
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
+        """x, whose gradient is summed over the ranks where outputs are split; Megatron-LM's f (arXiv 1909.08053)."""
         return _Copy.apply(x, self.group) if self.by_columns else x
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """x summed over the ranks where inputs are split; Megatron-LM's g."""
         return x if self.by_columns else _Sum.apply(x, self.group)
 
     def shard(self, module: nn.Module, name: str, dim: int) -> None:
@@ -93,9 +95,12 @@ class Split:
 
 
 class SplitLinear(nn.Linear):
+    """A dense linear."""
+
     split: Split
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, in] -> [B, T, out]; the split one of both is this rank's part."""
         if self.split.by_columns:
             return nn.functional.linear(self.split.copy(x), local(self.weight), local(self.bias))  # type: ignore[arg-type]
         y = self.split.sum(nn.functional.linear(x, local(self.weight)))  # type: ignore[arg-type]
@@ -103,9 +108,12 @@ class SplitLinear(nn.Linear):
 
 
 class SplitFactors(LowRankLinear):
+    """What linears of two factors do alike."""
+
     split: Split
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """T = X A, whole on every rank: [B, T, in] -> [B, T, r]."""
         if self.split.by_columns:
             return self.split.copy(super().low_rank(x))
         check_plain(self.A)
@@ -113,6 +121,7 @@ class SplitFactors(LowRankLinear):
         return nn.functional.silu(low_rank) if self.activation == "silu" else low_rank
 
     def increment(self, x: torch.Tensor) -> torch.Tensor:
+        """T B: [B, T, in] -> [B, T, F], of which a rank has a part where outputs are split."""
         low_rank = self.low_rank(x)
         if not self.split.by_columns:
             return self.B(low_rank)
@@ -121,11 +130,14 @@ class SplitFactors(LowRankLinear):
 
 
 class SplitLowRankLinear(SplitFactors):
-    pass
+    """A linear of two factors."""
 
 
 class SplitCrossLayerLinear(SplitFactors, CrossLayerLinear):
+    """A cross-layer linear."""
+
     def forward(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """b Y_{l-1} + X A B on this rank's part of Y."""
         return self.split.copy(self.b()) * previous + self.increment(x)
 
 
@@ -144,11 +156,12 @@ class SplitRMSNorm(CarriedRMSNorm):
     split: Split
 
     def scale(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [D of a head]; its gradient is summed over the ranks."""
         return self.split.copy(super().scale(dtype))
 
 
 class SplitOffsetRMSNorm(SplitRMSNorm, CarriedOffsetRMSNorm):
-    pass
+    """The same with a weight of 1 + w."""
 
 
 class SplitProduct(Product):
@@ -164,15 +177,18 @@ class SplitProduct(Product):
 
     @staticmethod
     def fits(linear: Any, parameters: dict[str, torch.Tensor]) -> bool:
+        """Always; raises RuntimeError where something stands in for a factor."""
         for factor in (linear.A, linear.B) if isinstance(linear, LowRankLinear) else ():
             check_plain(factor)
         return True
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
+        """X, or T = X A, whole."""
         U = super().first(x)
         return U if self.A is None else self._summed(U, not self.split.by_columns)
 
     def output(self, U: torch.Tensor) -> torch.Tensor:
+        """The linear's output from `first`'s; summed over the ranks where a dense linear's inputs are split."""
         if self.split.by_columns or self.A is not None:
             return super().output(U)
         y = self._summed(nn.functional.linear(U, self.weight.to(self.dtype)), True)
@@ -184,12 +200,15 @@ class SplitProduct(Product):
         return part
 
     def gradient_of_inner(self, dT: torch.Tensor) -> torch.Tensor:
+        """dT, summed over the ranks where each has a part of it."""
         return self._summed(dT, self.split.by_columns)
 
     def gradient_of_b(self, G: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """<G, Y_{l-1}> over the whole of Y."""
         return self._summed(super().gradient_of_b(G, previous), self.split.by_columns)
 
     def backward(self, G, x, U, dx, add: bool, found):
+        """As `Product.backward`; gradients of weights that are split are DTensors, as these are."""
         if self.A is None and self.split.by_columns:
             part = torch.empty_like(dx)
             U = super().backward(G, x, U, part, False, found)
@@ -231,6 +250,7 @@ class BlockParallel(TensorParallelLayer):
     """The style "crosslayer_block" of transformers' plans."""
 
     def install_forward(self, module, mesh):
+        """Called by transformers for each block."""
         split_block(module, mesh)
         return module
 
@@ -269,30 +289,12 @@ def split_block(block: Any, mesh: Any) -> None:
 def check_block(block: Any, ranks: int) -> Attention:
     """The attention of a block that can be split over so many ranks; raises ValueError for others."""
     name = type(block).__name__
-    if unknown := sorted(block.places.keys() - {*COLUMNS, *ROWS}):
-        raise ValueError(
-            f"tensor parallelism of {name} is not known: {', '.join(unknown)} (experts and latent attention) would "
-            "need another layout. Use FSDP2: it shards every family."
-        )
     attention = next(module for module in block.modules() if isinstance(module, Attention))
+    check_split(name, block.places, attention.config.attention_shape(attention.layer_idx), ranks)
     norms = [getattr(attention, norm, None) for norm in ("q_norm", "k_norm")]
     if any(norm is not None and type(norm) not in SPLIT for norm in norms):
         raise ValueError(f"tensor parallelism does not know the norms of queries and keys in {name}. Use FSDP2.")
-    shape = attention.config.attention_shape(attention.layer_idx)
-    for what, count in (("num_attention_heads", shape.heads), *widths_of(block)):
-        if count % ranks != 0:
-            raise ValueError(f"{what}={count} cannot be split over {ranks} ranks; choose a tp_size that divides it.")
-    if shape.key_value_heads % ranks != 0 and ranks % shape.key_value_heads != 0:
-        raise ValueError(
-            f"num_key_value_heads={shape.key_value_heads} and {ranks} ranks: neither divides the other; choose another "
-            "tp_size."
-        )
     return attention
-
-
-def widths_of(block: Any) -> list[tuple[str, int]]:
-    place = block.places["down"]
-    return [("intermediate_size", place.in_features)]
 
 
 def share_keys(attention: Any, shape: Any, split: Split) -> None:

@@ -118,6 +118,10 @@ class LoR2CStructureCallback(TrainerCallback):
     # Moments of the training
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Checks the counts against the adapter, and reads `history` of a resumed run from its log.
+
+        Raises ConfigError for injections without pairs, epochs that never end, and more changes than the blocks allow.
+        """
         blocks = AdaptedBlocks(model, self.adapter_name)
         if self.max_injections and not blocks.can_be_injected:
             raise ConfigError(
@@ -141,14 +145,17 @@ class LoR2CStructureCallback(TrainerCallback):
         ]
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        """An event, where the interval is in epochs."""
         if self.interval_unit == "epochs" and state.epoch % 1 == 0:  # not one that max_steps broke off
             self._event(args, state, model, now=int(state.epoch), total=state.num_train_epochs)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        """An event, where the interval is in steps."""
         if self.interval_unit == "steps":
             self._event(args, state, model, now=state.global_step, total=state.max_steps)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        """Warns where fewer fuses or injections came about than were asked for."""
         structure = AdaptedBlocks(model, self.adapter_name).structure
         for what, wanted, done in (
             ("fuses", self.max_fuses, structure.fuses),

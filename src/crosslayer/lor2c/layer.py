@@ -133,6 +133,7 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
     # What PEFT asks of a layer
 
     def get_base_layer(self) -> nn.Module:
+        """The block."""
         return self._block[0]
 
     def _get_base_layer_device_and_dtype(self, base_layer):
@@ -143,12 +144,14 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         return None, None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises NotImplementedError: no weight of the block can hold a residual around it."""
         raise NotImplementedError(MERGE_REASON)
 
     def unmerge(self) -> None:
         """Nothing to do: nothing is ever merged."""
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter's weights and state, and the hooks that it alone had on linears."""
         super().delete_adapter(adapter_name)
         self._read.pop(adapter_name, None)
         self._hook_linears()

@@ -131,6 +131,7 @@ class LoR2CModel(BaseTuner):
     def inject_adapter(
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
     ):
+        """As in PEFT; then the layers of each list of blocks get a `Stack`, which reads their structure."""
         if state_dict is not None:  # PEFT takes what comes before ".lor2c_" for the block's name
             state_dict = {key.replace(".lor2c.lor2c_", ".lor2c_"): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)

@@ -1,30 +1,20 @@
-"""Callbacks of every run: when it stops, and that it logs, evaluates and saves as often as it was asked to."""
+"""Callbacks of runs: one logs, evaluates and saves as often as it was asked to."""
 
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ..errors import TrainingError
+from .gradient_release import release_gradients
 
 
-class StopWhenNotFinite(TrainerCallback):
-    """Stops a run whose loss is no longer finite, with the step and the last good checkpoint.
-
-    Looked at after every step on the CPU and whenever something is logged or saved elsewhere, where reading the loss
-    makes the host wait.
-    """
+class ReleaseGradients(TrainerCallback):
+    """Steps within the backward (gradient_release.py), once the run's own optimizer is there."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if args.device.type != "cpu" and not (control.should_log or control.should_save):
-            return
-        if not bool(self.trainer.losses_are_finite):
-            raise TrainingError(
-                f"the loss is not finite at step {state.global_step}; {self.trainer.last_good_checkpoint()}; "
-                "lower learning_rate, or set max_grad_norm"
-            )
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        release_gradients(self.trainer.own_optimizer())
 
 
 class OwnIntervals(TrainerCallback):

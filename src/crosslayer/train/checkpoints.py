@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from .run_folder import read_json, write_json
+from .sharded import has_shards
 
 MANIFEST = "crosslayer_manifest.json"
 STATE = "trainer_state.json"
@@ -44,15 +45,26 @@ def write_manifest(folder: Path, *, processes: int, weights_only: bool) -> None:
     write_json(folder / MANIFEST, {**content, "sha256": _sha256_of(content)})
 
 
-def checkpoint_to_resume(output_dir: Path, processes: int) -> Path | None:
-    """The newest checkpoint that is whole; None when none was finished yet. Says which ones it passes over, and why.
+def checkpoint_to_resume(output_dir: Path, processes: int | None, step: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole, or that of `step`; None when none was finished yet. Says which ones it
+    passes over, and why.
+
+    Args:
+        processes: how many have to have written it; None for any number.
 
     Raises CheckpointError when there are checkpoints and none of them is whole, ConfigError when it was written by
-    another number of processes.
+    another number of processes, and where there is none of `step`.
     """
-    damaged = []
-    for folder in reversed(checkpoints(output_dir)):
-        if not (folder / MANIFEST).is_file() and read_json(folder / STATE) is None:
+    damaged, found = [], checkpoints(output_dir)
+    if step is not None:
+        steps = ", ".join(str(step_of(folder)) for folder in found) or "none"
+        found = [folder for folder in found if step_of(folder) == step]
+        if not found:
+            raise ConfigError(f"{output_dir} has no checkpoint-{step}; there are: {steps}")
+    for folder in reversed(found):
+        if _is_unfinished(folder, processes):
+            if step is not None:
+                raise CheckpointError(f"{folder} was not written to its end; choose another")
             _log.warning("%s was not written to its end; it is passed over", folder)
             continue
         problem = damage(folder)
@@ -60,7 +72,8 @@ def checkpoint_to_resume(output_dir: Path, processes: int) -> Path | None:
             _log.warning("%s is not used: %s", folder, problem)
             damaged.append(f"{folder.name}: {problem}")
             continue
-        _check_processes(folder, processes)
+        if processes is not None:
+            _check_processes(folder, processes)
         _log.warning("going on from %s", folder)
         return folder
     if damaged:
@@ -71,9 +84,25 @@ def checkpoint_to_resume(output_dir: Path, processes: int) -> Path | None:
     return None
 
 
+def _is_unfinished(folder: Path, processes: int | None = None) -> bool:
+    """Whether a run (of so many processes) was killed while it wrote this one; the manifest alone may be missing
+    (`damage`)."""
+    if (folder / MANIFEST).is_file():
+        return False
+    if read_json(folder / STATE) is None or has_shards(folder):  # shards come after the Trainer's state
+        return True
+    others = [read_json(other / MANIFEST) for other in checkpoints(folder.parent)]
+    written = [other["processes"] for other in others if isinstance(other, dict) and "processes" in other]
+    return bool(written) and 0 < len(list(folder.glob("rng_state_*"))) < (processes or max(written))
+
+
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end, None when there is none. Reads no weights: for messages."""
-    finished = [folder for folder in checkpoints(Path(output_dir)) if read_json(folder / STATE) is not None]
+    finished = [
+        folder
+        for folder in checkpoints(Path(output_dir))
+        if read_json(folder / STATE) is not None and not _is_unfinished(folder)
+    ]
     return finished[-1] if finished else None
 
 

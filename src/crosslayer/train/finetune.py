@@ -26,18 +26,21 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 
 from ..data.fit import check_ids, input_length
 from ..data.tasks import Task, load_task, tokenize
-from ..errors import CheckpointError, ConfigError, RunInterruptedError, TrainingError
+from ..errors import CheckpointError, ConfigError, TrainingError
 from ..evaluate.task_metrics import check_metrics_available
 from ..loading import ADAPTER_FOLDER, MODEL_FOLDER, load_pretrained
 from ..provenance import describe_run
+from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .finetune_report import FinetuneReport, write_finetune_report
-from .methods import AdapterConfig, Attached, attach, count_trained, head_parameters
+from .methods import CHANGING, AdapterConfig, Attached, attach, count_trained, head_parameters
 from .progress import shows_bars
 from .recipe import FinetuneRecipe, build_finetune_recipe, read_recipe
 from .resume import (
+    changes_of_section,
     changes_of_training,
     check_fingerprints,
     check_same_run,
@@ -45,6 +48,7 @@ from .resume import (
     find_checkpoint,
     fingerprint_of_rows,
     fingerprint_of_weights,
+    forget_after,
     is_finished,
     tell_changes,
 )
@@ -58,7 +62,7 @@ from .run_folder import (
     write_json,
 )
 from .task_trainer import TaskTrainer
-from .trainer import SafeTrainer, check_metric, describe_device, nothing_left_behind, training_arguments
+from .trainer import SafeTrainer
 
 
 @dataclass(kw_only=True)
@@ -89,6 +93,7 @@ def finetune(
     output_dir: str | Path,
     *,
     resume: bool = False,
+    resume_from: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     show_plan: Callable[[FinetunePlan], None] = lambda plan: None,
@@ -97,7 +102,8 @@ def finetune(
 
     Raises ConfigError, DataError, CheckpointError before anything is written, TrainingError while running.
     """
-    output_dir = Path(output_dir)
+    started, output_dir = time.monotonic(), Path(output_dir)
+    resume = resume or resume_from is not None
     if is_main_process():
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     changes: list[str] = []
@@ -109,10 +115,14 @@ def finetune(
     arguments = build_arguments(recipe, task, output_dir)
     if resume:
         changes += changes_of_training(arguments, build_arguments(earlier, task, output_dir), output_dir)
+    # Others train a head, or everything, or other parameters at the end than at the start.
+    is_fixed = task.kind == "instruction" and recipe.adapter.is_peft and recipe.adapter.method not in CHANGING
+    mesh = recipe.parallel.check_frozen(arguments.world_size, is_fixed=is_fixed)
     set_seed(arguments.seed)
-    model, tokenizer = load_base(recipe.model, task, recipe.adapter)
+    model, tokenizer = load_base(recipe.model, task, recipe.adapter, mesh)
     max_length = input_length(recipe.data.max_length, model)
-    fingerprints = _fingerprints_of(task, model, tokenizer) if is_main_process() else {}
+    # Of a model that processes share, all of them have a part.
+    fingerprints = _fingerprints_of(task, model, tokenizer) if mesh is not None or is_main_process() else {}
     if resume and is_main_process():
         check_fingerprints(fingerprints, output_dir)
     attached = attach(model, recipe.adapter, task.kind)
@@ -125,18 +135,21 @@ def finetune(
         show_plan(plan)
     if dry_run:
         return None
-    finished: Any = read_json(output_dir / "report.json") if resume else None
+    finished: Any = read_json(output_dir / "report.json") if resume and resume_from is None else None
     if is_finished(finished, plan.steps, output_dir):
         tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return FinetuneReport(**finished)
-    checkpoint = find_checkpoint(arguments, output_dir, plan.steps) if resume else None
+    checkpoint = find_checkpoint(arguments, output_dir, plan.steps, resume_from) if resume else None
     tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
     with nothing_left_behind(output_dir):
         trainer = make_trainer(recipe, task, attached, tokenizer, arguments)
+        trainer.stopping.count_from(started)
         trainer.check_optimizer(plan.steps)
     if is_main_process():
         prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
+        if resume_from is not None:
+            forget_after(output_dir, resume_from)
     return _train(recipe, task, attached, trainer, plan, output_dir, checkpoint)
 
 
@@ -157,12 +170,7 @@ def _train(
         trainer.state.log_history.clear()
         if is_main_process():
             write_json(output_dir / "before.json", before)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except KeyboardInterrupt:
-        raise RunInterruptedError(
-            f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
-        ) from None
+    trainer.run(checkpoint)
     history = list(trainer.state.log_history)
     after = trainer.evaluate()  # of the best checkpoint, which is the model now
     seconds, peak = time.perf_counter() - started, peak_memory_bytes(arguments.device)
@@ -231,12 +239,16 @@ def train_once(recipe: FinetuneRecipe, callbacks: Sequence[TrainerCallback] = ()
 # ---------------------------------------------------------------------------------------------------- building
 
 
-def load_base(name: str, task: Task, adapter: AdapterConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pre-trained model, with a new head where the task needs one, and its tokenizer.
+def load_base(
+    name: str, task: Task, adapter: AdapterConfig, mesh: DistributedConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pre-trained model, with a new head where the task needs one, and its tokenizer; of a mesh, our part of it.
 
     Weights keep their dtype when they stay frozen and are float32 when they train. Raises CheckpointError.
     """
     settings: dict[str, Any] = {"dtype": "auto" if adapter.is_peft else torch.float32}
+    if mesh is not None:
+        settings["distributed_config"] = mesh
     auto_class = "AutoModelForCausalLM"
     if task.kind != "instruction":
         auto_class = "AutoModelForSequenceClassification"
@@ -375,6 +387,7 @@ def make_trainer(
             eval_dataset=task.validation,
             processing_class=with_chat_template(tokenizer, task.train),
             callbacks=attached.callbacks,
+            monitor=recipe.monitor,
         )
     return TaskTrainer(
         model=attached.model,
@@ -385,6 +398,7 @@ def make_trainer(
         data_collator=DataCollatorWithPadding(tokenizer),
         task=task,
         callbacks=attached.callbacks,
+        monitor=recipe.monitor,
         head_lr_factor=recipe.adapter.head_lr_factor,
     )
 
@@ -405,7 +419,8 @@ def _check_same_finetuning(recipe: FinetuneRecipe, output_dir: Path) -> tuple[Fi
     for content in (now, earlier):
         content["recipe"] = {"model": content["model"]}
     has_fingerprints = earlier_fingerprints(output_dir) is not None
-    return began, check_same_run(now, earlier, ("recipe", "data", "adapter"), output_dir, has_fingerprints)
+    changes = check_same_run(now, earlier, ("recipe", "data", "adapter"), output_dir, has_fingerprints)
+    return began, changes + changes_of_section(now["monitor"], earlier["monitor"])
 
 
 def _fingerprints_of(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

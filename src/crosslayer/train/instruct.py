@@ -10,8 +10,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from ..errors import ConfigError, DataError
 from ..private import metrics_of_sft
+from .arguments import training_arguments
 from .losses import IGNORE_INDEX
-from .trainer import SafeTrainer, training_arguments
+from .trainer import SafeTrainer
 
 try:
     from trl import SFTConfig, SFTTrainer
@@ -50,6 +51,10 @@ class InstructionTrainer(SafeTrainer, SFTTrainer):
         self._batches: list[tuple[float, int]] = []  # of the evaluation under way: loss, predicted tokens
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> Any:
+        """SFTTrainer's, without label smoothing; the loss becomes a mean over the predicted tokens.
+
+        So do the metrics of TRL that have one value for each batch.
+        """
         self._batches = []
         smoother, self.label_smoother = self.label_smoother, None
         try:
@@ -67,6 +72,7 @@ class InstructionTrainer(SafeTrainer, SFTTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """SFTTrainer's; notes the loss and the predicted tokens of the batch, over all processes."""
         inputs = self.without_repeats(inputs)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().to(loss.device)

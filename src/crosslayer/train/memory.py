@@ -15,6 +15,8 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from .recipe import Recipe
+
 # The optimizers of the Trainer that keep something else than two moments of every parameter.
 _OPTIMIZERS = {
     "adamw_bnb_8bit": "adamw_8bit",
@@ -27,17 +29,20 @@ _OPTIMIZERS = {
 }
 
 
-def training_step(arguments: "TrainingArguments", block_size: int) -> Step:
-    """One micro-batch on one device, as the Trainer runs our models (fused loss; float32 weights under autocast)."""
+def training_step(recipe: "Recipe", arguments: "TrainingArguments") -> Step:
+    """One micro-batch on one device, as the Trainer runs our models (fused loss; weights of the model's dtype)."""
     half = arguments.bf16 or arguments.fp16
+    weights = getattr(torch, recipe.model.get("dtype") or "float32").itemsize
+    mesh = recipe.parallel.distributed_config(arguments.world_size)
     return Step(
-        sequence=block_size,
+        sequence=recipe.data.block_size,
         micro_batch=arguments.train_batch_size,
-        precision=Precision(products=2 if half else 4),
-        sharding=Sharding(data=arguments.world_size, fsdp=bool(arguments.fsdp)),
+        precision=Precision(weights=weights, gradients=weights, states=weights, products=2 if half else weights),
+        sharding=Sharding(tensor=mesh.tp_size, fsdp=mesh.fsdp_size, replicas=mesh.dp_replicate_size),
         fused_norms=arguments.device.type == "cuda",
         fused_optimizer="fused" in str(getattr(arguments.optim, "value", arguments.optim)),
         accumulates=arguments.gradient_accumulation_steps > 1,
+        releases_gradients=recipe.optimizer.gradient_release,
     )
 
 
@@ -47,14 +52,14 @@ def training_method(config: CRNetConfig, arguments: "TrainingArguments") -> Meth
     return method_of(config, checkpointing=bool(arguments.activation_checkpointing), optimizer=optimizer)
 
 
-def choose_recompute(config: CRNetConfig, arguments: "TrainingArguments", block_size: int) -> str:
+def choose_recompute(config: CRNetConfig, recipe: "Recipe", arguments: "TrainingArguments") -> str:
     """`recompute: auto`: the fastest policy whose estimated peak fits the device at hand; returns why, in words.
 
     Writes `recompute` and `recompute_interval` of the configuration, or, where layers do not build on one another,
     `activation_checkpointing` of the arguments. Raises ConfigError when nothing fits, with the smallest peak.
     """
     limit = available_memory(arguments.device) * (1 - DEFAULT_RESERVE)
-    step = training_step(arguments, block_size)
+    step, block_size = training_step(recipe, arguments), recipe.data.block_size
     optimizer = training_method(config, arguments).optimizer
     found = []
     for policy in policies_of(config.factorization, config.num_hidden_layers):

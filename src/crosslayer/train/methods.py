@@ -28,6 +28,9 @@ from ..methods import FINETUNING, method_problem
 from ..ranges import ABOVE_0, AT_LEAST_0, COUNT, COUNT_OR_0, LENGTH, SHARE, Range, one_of, or_auto, out_of_range
 
 FUSING, INJECTING = ("mergelor2c", "imlor2c"), ("injectlor2c", "imlor2c")
+CHANGING = {*FUSING, *INJECTING}
+"""Methods whose adapter has other parameters at the end than at the start."""
+
 _OF_CHANGES = ("interval", "interval_unit", "criterion", "survivor", "max_span")
 AUTO_SETTINGS = ("parameter_budget", "validation_budget", "auto_threshold")
 RANGES = {
@@ -118,7 +121,7 @@ class AdapterConfig:
                 continue
             if self.method not in methods:
                 problems.append(f"{name} is for {' and '.join(methods)}, not for method={self.method!r}")
-        if self.method in FINETUNING and self.method not in (*FUSING, *INJECTING):
+        if self.method in FINETUNING and self.method not in CHANGING:
             idle = [
                 name for name in _OF_CHANGES if getattr(self, name) != type(self).__dataclass_fields__[name].default
             ]
@@ -181,7 +184,7 @@ def attach(
     except ValueError as error:
         raise ConfigError(f"method={adapter.method!r}: {' '.join(str(error).split())}") from error
     train_in_float32(adapted)
-    if adapter.method not in (*FUSING, *INJECTING):
+    if adapter.method not in CHANGING:
         return Attached(adapted)
     callback = _structure_callback(adapter)
     # Looks at the model now, not only when training has begun: counts that it does not allow are wrong input.

@@ -18,6 +18,7 @@ class Progress(ProgressCallback):
     """The Trainer's bar, with loss and tokens/s beside its ETA instead of a line per log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Loss and tokens/s go beside the bar, an evaluation on a line above it; in the first process alone."""
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "loss" in logs:
@@ -33,6 +34,7 @@ class LogLines(TrainerCallback):
     """One log line for each loss, for runs without a bar (`disable_tqdm`)."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Logs a loss or an evaluation, in the first process alone."""
         if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
             _log.info(_in_words(state, logs))
 

@@ -64,6 +64,10 @@ TRAINING = {
     "eval_do_concat_batches": only(True, "metrics are of the whole split"),
     "use_liger_kernel": only(False, "its kernels take the loss another way; it knows no CR-Net"),
     "auto_find_batch_size": only(False, "another batch than the recipe's gives another run"),
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config"),
+        Range("null (the section `parallel` shards a model: fsdp_size)", lambda value: not value),
+    ),
     "parallelism_config": Range("null (a recipe cannot hold one; accelerate's own file can)", lambda value: False),
     "accelerator_config": Range(
         "a mapping without split_batches, with even_batches (batches are of a process)", _no_split_batches

@@ -4,7 +4,10 @@
     model:            {hidden_size: 256, ...}      # fields of CRNetConfig
     data:             {data: python-library, ...}  # fields of DataConfig
     parameter_groups: {full_rank_lr_factor: 0.2}   # fields of ParameterGroups
+    optimizer:        {gradient_release: true}     # fields of OptimizerConfig
+    parallel:         {fsdp_size: 8}               # fields of Parallel
     training:         {max_steps: 600, ...}        # fields of transformers' TrainingArguments
+    monitor:          {on_nonfinite: skip, ...}    # fields of Monitor
 
 and to fine-tune:
 
@@ -12,6 +15,7 @@ and to fine-tune:
     data:             {task: sst2, ...}            # fields of TaskConfig
     adapter:          {method: lor2c, r: 8, ...}   # fields of AdapterConfig
     training:         {num_train_epochs: 3, ...}
+    monitor:          {max_hours: 12, ...}         # fields of Monitor
 
 Any field can be overridden by its own name (`--learning_rate 1e-3`) or, where two sections know it, with the section
 before it (`--data.seed 3`).
@@ -31,7 +35,10 @@ from ..data import DataConfig, TaskConfig
 from ..errors import ConfigError, nearest_hint
 from ..ranges import out_of_range
 from ..recipes import recipe_path
+from .gradient_release import OptimizerConfig
 from .methods import AdapterConfig
+from .monitor import Monitor
+from .parallel import Parallel
 from .parameter_groups import ParameterGroups
 from .ranges import MODEL, PRETRAINING, TRAINING, warmup_problem
 from .values import convert, describe, load_yaml, plain
@@ -88,10 +95,19 @@ class Recipe(_AnyRecipe):
     parameter_groups: ParameterGroups = field(default_factory=ParameterGroups)
     """Factors on the learning rate."""
 
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """What the fields of TrainingArguments do not say of the optimizer."""
+
+    parallel: Parallel = field(default_factory=Parallel)
+    """How several processes share the model."""
+
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
-    SECTIONS = ("training", "model", "data", "parameter_groups")
+    monitor: Monitor = field(default_factory=Monitor)
+    """What it does about numbers that go wrong, and about its time."""
+
+    SECTIONS = ("training", "model", "data", "parameter_groups", "optimizer", "parallel", "monitor")
     PLAIN = ("name", "description")
 
 
@@ -114,10 +130,16 @@ class FinetuneRecipe(_AnyRecipe):
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """The method, and what it trains."""
 
+    parallel: Parallel = field(default_factory=Parallel)
+    """How several processes share the frozen model."""
+
     training: dict[str, Any] = field(default_factory=dict)
     """How it trains: fields of transformers' TrainingArguments."""
 
-    SECTIONS = ("training", "adapter", "data")
+    monitor: Monitor = field(default_factory=Monitor)
+    """What it does about numbers that go wrong, and about its time."""
+
+    SECTIONS = ("training", "adapter", "data", "parallel", "monitor")
     SPELLINGS = {"rank": "r"}  # torchrun takes --r for one of its own
     PLAIN = ("name", "description", "model")
 
@@ -241,8 +263,13 @@ def _name_problem(name: str) -> list[str]:
 _OWNERS: dict[tuple[type[_AnyRecipe], str], type] = {
     (Recipe, "data"): DataConfig,
     (Recipe, "parameter_groups"): ParameterGroups,
+    (Recipe, "optimizer"): OptimizerConfig,
+    (Recipe, "parallel"): Parallel,
+    (FinetuneRecipe, "parallel"): Parallel,
+    (Recipe, "monitor"): Monitor,
     (FinetuneRecipe, "data"): TaskConfig,
     (FinetuneRecipe, "adapter"): AdapterConfig,
+    (FinetuneRecipe, "monitor"): Monitor,
 }
 """Sections that are dataclasses of ours; the others stay mappings."""
 

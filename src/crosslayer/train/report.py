@@ -39,6 +39,7 @@ class RunReport(RunFacts):
     peak_memory_bytes: int
     seconds: float
     history: list[dict[str, Any]]
+    skipped_steps: list[int] = field(default_factory=list)
     model: Any = field(default=None, repr=False)
     tokenizer: Any = field(default=None, repr=False)
 
@@ -67,6 +68,8 @@ class RunReport(RunFacts):
                 if self.before.get(key) is not None and self.after.get(key) is not None:
                     rows.append((label, f"{self.before[key]:,.{digits}f} before, {self.after[key]:,.{digits}f} after"))
         rows.append(("tokens seen", f"{self.tokens:,} in {self.steps} steps"))
+        if self.skipped_steps:
+            rows.append(("steps left out", f"{len(self.skipped_steps)}, not finite"))
         if self.tokens_per_s:
             rows.append(("tokens/s", f"{self.tokens_per_s:,.0f} on {self.plan['device']}"))
         rows.append(("peak memory", f"{self.peak_memory_bytes / 2**20:,.0f} MiB"))

@@ -8,18 +8,22 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
-from .checkpoints import checkpoint_to_resume, step_of
+from .checkpoints import checkpoint_to_resume, checkpoints, step_of
 from .run_folder import RUN_FILE, is_main_process, read_json
+from .sharded import has_shards
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import TrainingArguments
+
+    from .parallel import Parallel
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +47,9 @@ FIXED_TRAINING_FIELDS = {
 """Training fields that stay as they were, and why."""
 
 FIXED_BY_STREAMS = {"dataloader_num_workers": "every worker reads a part of the stream"}
+
+OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Of them those that, with the number of processes, make up the rows of a step."""
 
 _UNSAID = {"output_dir", "local_rank", "hub_token", "run_name", "logging_dir", "resume_from_checkpoint"}
 """Fields that change nothing about a run, or are nobody's business."""
@@ -96,17 +103,35 @@ def _is_same_place(one: Any, other: Any) -> bool:
 
 
 def changes_of_training(
-    now: "TrainingArguments", earlier: "TrainingArguments", output_dir: Path, *, streaming: bool = False
+    now: "TrainingArguments",
+    earlier: "TrainingArguments",
+    output_dir: Path,
+    rows: tuple[int, int] | None = None,
+    *,
+    streaming: bool = False,
 ) -> list[str]:
     """The training fields that differ, as "name=value (was value)". Raises ConfigError for those that must not.
 
     Args:
-        streaming: the workers of the loader divide the rows among themselves.
+        rows: rows that a step takes now and took before, in all processes. Where these are equal, rows are the same
+            however processes, their batches and accumulation divide them.
+        streaming: every process, and every worker of its loader, reads a part of its own.
     """
     fixed = FIXED_TRAINING_FIELDS | (FIXED_BY_STREAMS if streaming else {})
+    if rows is not None and rows[0] != rows[1]:
+        raise ConfigError(
+            f"{output_dir} cannot be resumed with steps of {rows[0]} rows, they were of {rows[1]}: choose "
+            "per_device_train_batch_size and gradient_accumulation_steps so that, times the processes that read, they "
+            f"give {rows[1]}"
+        )
+    may_differ = OF_A_STEP if rows is not None else ()
     values, were = now.to_dict(), earlier.to_dict()
     differ = [name for name in values if name not in _UNSAID and values[name] != were.get(name)]
-    problems = [f"{name}={values[name]!r}, was {were[name]!r}: {fixed[name]}" for name in differ if name in fixed]
+    problems = [
+        f"{name}={values[name]!r}, was {were[name]!r}: {fixed[name]}"
+        for name in differ
+        if name in fixed and name not in may_differ
+    ]
     has_state = any(kind in str(run["lr_scheduler_type"]) for kind in _WITH_STATE for run in (values, were))
     problems += [
         f"{name}={values[name]!r}, was {were[name]!r}: the rate is a state of lr_scheduler_type"
@@ -145,14 +170,35 @@ def is_finished(report: Any, steps: int, output_dir: Path) -> bool:
     return True
 
 
-def find_checkpoint(arguments: "TrainingArguments", output_dir: Path, steps: int) -> Path | None:
+def check_form(checkpoint: Path | None, parallel: "Parallel") -> None:
+    """Raises ConfigError for a checkpoint of one whole model that a shared one is to go on from."""
+    if checkpoint is not None and parallel.is_split and not has_shards(checkpoint):
+        raise ConfigError(
+            f"{checkpoint} was written by processes that each hold the whole model; go on with tensor_parallel=1 and "
+            "fsdp_size=1, as it was begun, or start anew in another --output_dir"
+        )
+
+
+def find_checkpoint(
+    arguments: "TrainingArguments",
+    output_dir: Path,
+    steps: int,
+    resume_from: int | None = None,
+    *,
+    any_processes: bool = False,
+) -> Path | None:
     """The checkpoint to go on from, the same in every process; None: from the first step.
+
+    Args:
+        resume_from: step of the one to take, in place of the newest.
+        any_processes: another number of processes than now may have written it.
 
     Raises CheckpointError and ConfigError as `checkpoint_to_resume`, and where the run is beyond `steps`.
     """
     found: list[Path | None] = [None]
     if is_main_process():
-        found = [checkpoint_to_resume(output_dir, arguments.world_size)]
+        processes = None if any_processes else arguments.world_size
+        found = [checkpoint_to_resume(output_dir, processes, resume_from)]
         if found[0] is None:
             _log.warning("%s has no checkpoint yet; starting at the first step", output_dir)
         elif step_of(found[0]) > steps:
@@ -165,6 +211,15 @@ def find_checkpoint(arguments: "TrainingArguments", output_dir: Path, steps: int
 
         broadcast_object_list(found)
     return found[0]
+
+
+def forget_after(output_dir: Path, step: int) -> None:
+    """Throw away what a run made after a step: it goes on from there, and is not finished any more."""
+    (output_dir / "report.json").unlink(missing_ok=True)
+    for folder in checkpoints(output_dir):
+        if step_of(folder) > step:
+            _log.warning("%s is thrown away", folder)
+            shutil.rmtree(folder)
 
 
 # ------------------------------------------------------------------------------------------------- fingerprints
@@ -220,9 +275,11 @@ def fingerprint_of_weights(weights: Mapping[str, "torch.Tensor"]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors."""
     import torch
 
+    from .parallel import whole
+
     digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
+        tensor = whole(weights[name].detach()).cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,13 @@ from ..data.files import printable
 from ..data.fit import check_special_tokens, ids_needed
 from ..data.stream import TrainingStream
 from ..data.tokenizer import tokenizer_fingerprint
-from ..errors import CheckpointError, ConfigError, CrossLayerError, RunInterruptedError, TrainingError
+from ..errors import CheckpointError, ConfigError, CrossLayerError, TrainingError
 from ..loading import MODEL_FOLDER, has_model, load_saved
 from ..provenance import describe_run
+from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .callbacks import EvaluateAtTheEnd
 from .memory import choose_recompute, training_method, training_step
+from .parallel import is_split
 from .progress import shows_bars
 from .recipe import Recipe, build_recipe, read_recipe
 from .report import RunFacts, RunReport, write_card, write_report
@@ -37,15 +39,18 @@ from .resume import (
     changes_of_section,
     changes_of_training,
     check_fingerprints,
+    check_form,
     check_same_run,
     earlier_fingerprints,
     find_checkpoint,
     fingerprint_of_blocks,
+    forget_after,
     is_finished,
     tell_changes,
 )
 from .run_folder import (
     RECIPE_FILE,
+    RUN_FILE,
     check_output_dir,
     is_main_process,
     peak_memory_bytes,
@@ -54,13 +59,7 @@ from .run_folder import (
     write_json,
 )
 from .stream import Passes, check_streaming
-from .trainer import (
-    PretrainTrainer,
-    check_metric,
-    describe_device,
-    nothing_left_behind,
-    training_arguments,
-)
+from .trainer import PretrainTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -177,8 +176,7 @@ def make_plan(
     recompute: str | None = None,
 ) -> Plan:
     """What a run with this recipe and these data would do. Raises ConfigError where it would take no step."""
-    tokens_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    tokens_per_step *= recipe.data.block_size
+    tokens_per_step = rows_per_step(recipe, arguments) * recipe.data.block_size
     blocks = None if isinstance(prepared.train, TrainingStream) else len(prepared.train)
     steps = arguments.max_steps
     if steps <= 0:
@@ -200,7 +198,7 @@ def make_plan(
         dense_parameters=sum(count_parameters(dense_counterpart(config)).values()),
         flops_per_token=training_flops_per_token(config, recipe.data.block_size),
         estimated_memory_bytes=estimate_memory(
-            config, training_step(arguments, recipe.data.block_size), training_method(config, arguments)
+            config, training_step(recipe, arguments), training_method(config, arguments)
         ),
         recompute=recompute or config.recompute,
         train_blocks=blocks,
@@ -213,11 +211,18 @@ def make_plan(
     )
 
 
+def rows_per_step(recipe: Recipe, arguments: "TrainingArguments") -> int:
+    """How many blocks one optimizer step reads, in all processes together."""
+    readers = recipe.parallel.readers(arguments.world_size)
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * readers
+
+
 def pretrain(
     recipe: Recipe,
     output_dir: str | Path,
     *,
     resume: bool = False,
+    resume_from: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     show_plan: Callable[[Plan], None] = lambda plan: None,
@@ -227,17 +232,22 @@ def pretrain(
     Args:
         output_dir: a new or empty folder; one that holds a run needs `resume` or `overwrite`.
         resume: go on from the last complete checkpoint in it.
+        resume_from: go on from checkpoint-N, of this step, and throw away what came after it.
         overwrite: throw the run in it away first (only a folder that holds one of our runs).
         dry_run: decide and show everything, write nothing into `output_dir`, return None.
         show_plan: called with the plan before the first step.
 
-    Raises ConfigError, DataError, CheckpointError before anything is written, TrainingError while running.
+    Raises ConfigError, DataError, CheckpointError before anything is written, TrainingError while running; of these
+    RunStoppedError where it was asked to end early (stopping.py).
     """
-    output_dir = Path(output_dir)
+    started, output_dir = time.monotonic(), Path(output_dir)
+    resume = resume or resume_from is not None
     if is_main_process():
         check_output_dir(output_dir, resume=resume, overwrite=overwrite)
-    build_model_config(recipe)  # a wrong shape costs a second, not a tokenised corpus
+    shape = build_model_config(recipe)  # a wrong one costs a second, not a tokenised corpus
     arguments = build_arguments(recipe, output_dir)
+    recipe.parallel.check(shape, arguments.world_size)
+    recipe.optimizer.check(arguments, recipe.monitor.on_nonfinite)
     if recipe.data.streaming:
         check_streaming(arguments)
     changes = _check_resumption(recipe, arguments, output_dir) if resume else []
@@ -246,7 +256,7 @@ def pretrain(
         prepared = prepare_data(recipe.data)
     config = build_model_config(recipe, prepared.tokenizer)
     is_auto = recipe.model.get("recompute") == AUTO
-    recompute = choose_recompute(config, arguments, recipe.data.block_size) if is_auto else None
+    recompute = choose_recompute(config, recipe, arguments) if is_auto else None
     plan = make_plan(recipe, config, prepared, arguments, recompute)
     fingerprints = fingerprints_of(prepared) if is_main_process() else {}
     if resume and is_main_process():
@@ -255,20 +265,26 @@ def pretrain(
         show_plan(plan)
     if dry_run:
         return None
-    finished = _finished_report(output_dir, plan) if resume else None
+    finished = _finished_report(output_dir, plan) if resume and resume_from is None else None
     if finished is not None:
         tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return finished
-    checkpoint = find_checkpoint(arguments, output_dir, plan.steps) if resume else None
+    checkpoint = None
+    if resume:  # of a stream each process has read a part of its own
+        any_processes = not recipe.data.streaming
+        checkpoint = find_checkpoint(arguments, output_dir, plan.steps, resume_from, any_processes=any_processes)
+    check_form(checkpoint, recipe.parallel)
     tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
-    started = time.perf_counter()
     with nothing_left_behind(output_dir):
         trainer, facts = _make_trainer(recipe, config, prepared, arguments, plan, output_dir)
+        trainer.stopping.count_from(started)
         trainer.check_optimizer(plan.steps)
     if is_main_process():
         prepare_output_dir(output_dir, recipe, plan, fingerprints, overwrite=overwrite)
-    return _train(trainer, facts, output_dir, checkpoint, started)
+        if resume_from is not None:
+            forget_after(output_dir, resume_from)
+    return _train(trainer, facts, output_dir, checkpoint)
 
 
 def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir: Path) -> list[str]:
@@ -278,8 +294,15 @@ def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir
     has_fingerprints = earlier_fingerprints(output_dir) is not None and not recipe.data.streaming
     changes = check_same_run(now, earlier, ("model", "data"), output_dir, has_fingerprints)
     before = build_arguments(began, output_dir)
-    changes += changes_of_training(arguments, before, output_dir, streaming=recipe.data.streaming)
-    return changes + changes_of_section(now["parameter_groups"], earlier["parameter_groups"])
+    begun_with = read_json(output_dir / RUN_FILE)["plan"]["tokens_per_step"] // began.data.block_size
+    streaming = recipe.data.streaming
+    rows = None if streaming else (rows_per_step(recipe, arguments), begun_with)
+    changes += changes_of_training(arguments, before, output_dir, rows, streaming=streaming)
+    return changes + [
+        change
+        for section in ("parameter_groups", "optimizer", "parallel", "monitor")
+        for change in changes_of_section(now[section], earlier[section])
+    ]
 
 
 def fingerprints_of(prepared: PreparedData) -> dict[str, str]:
@@ -305,6 +328,7 @@ def _make_trainer(
     from transformers import default_data_collator
 
     model = build_model(config, arguments.seed)
+    model = recipe.parallel.split(model, arguments.world_size, arguments.device)
     facts = RunFacts(
         recipe=recipe.to_dict(),
         run=describe_run(),
@@ -320,6 +344,8 @@ def _make_trainer(
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
         parameter_groups=recipe.parameter_groups,
+        gradient_release=recipe.optimizer.gradient_release,
+        monitor=recipe.monitor,
         block_size=recipe.data.block_size,
         validation_bytes=prepared.statistics.validation.bytes,
         write_card=lambda folder: write_card(folder, config, facts),
@@ -333,9 +359,8 @@ def training_rows(train: "Dataset | TrainingStream", arguments: "TrainingArgumen
     return Passes(train, arguments.train_batch_size) if isinstance(train, TrainingStream) else train
 
 
-def _train(
-    trainer: PretrainTrainer, facts: RunFacts, output_dir: Path, checkpoint: Path | None, started: float
-) -> RunReport:
+def _train(trainer: PretrainTrainer, facts: RunFacts, output_dir: Path, checkpoint: Path | None) -> RunReport:
+    started = time.perf_counter()
     before = None if checkpoint is None else read_json(output_dir / "before.json")
     if before is None:
         before = trainer.evaluate()
@@ -345,15 +370,12 @@ def _train(
 
     trainer.last_evaluation = None
     trainer.add_callback(EvaluateAtTheEnd())
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except KeyboardInterrupt:
-        raise RunInterruptedError(
-            f"interrupted at step {trainer.state.global_step}; {trainer.last_good_checkpoint()}"
-        ) from None
-
-    # Resumed after its last step, or other weights now than at the last evaluation.
-    if trainer.last_evaluation is None or trainer.args.load_best_model_at_end:
+    trainer.run(checkpoint)
+    step, history = trainer.state.global_step, trainer.state.log_history
+    if trainer.last_evaluation is None:  # resumed after its last step, whose evaluation is in the history already
+        history[:] = [line for line in history if line["step"] < step or "eval_loss" not in line]
+        trainer.evaluate()
+    elif trainer.args.load_best_model_at_end:  # other weights now than at the last evaluation
         trainer.evaluate()
     assert trainer.last_evaluation is not None
     throughput, config = trainer.throughput, trainer.accelerator.unwrap_model(trainer.model).config
@@ -367,6 +389,7 @@ def _train(
         peak_memory_bytes=peak_memory_bytes(trainer.args.device),
         seconds=time.perf_counter() - started,
         history=trainer.state.log_history,
+        skipped_steps=trainer.monitor.skipped,
         model=trainer.model,
         tokenizer=trainer.processing_class,
     )
@@ -375,6 +398,9 @@ def _train(
         trainer.save_model(str(output_dir / MODEL_FOLDER))
         if trainer.args.should_save:
             write_report(output_dir, report)
+            if is_split(trainer.model):
+                whole, _ = load_saved(output_dir / MODEL_FOLDER)  # for what one process does with it
+                return replace(report, model=whole)
     except OSError as error:
         raise TrainingError(
             f"results could not be written ({error.strerror}); {trainer.last_good_checkpoint()}"

@@ -33,6 +33,7 @@ class TaskTrainer(SafeTrainer):
         self.head_lr_factor = head_lr_factor
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """SafeTrainer's, made once; the head gets groups of its own if `head_lr_factor` is not 1."""
         had_none = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if had_none and self.head_lr_factor != 1.0:
@@ -40,6 +41,7 @@ class TaskTrainer(SafeTrainer):
         return optimizer
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> Any:
+        """The Trainer's, with the mean over the rows as its loss."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # The Trainer's is the mean of batch means, each weighted by how many rows a batch should have.
         output.metrics[f"{metric_key_prefix}_loss"] = output.metrics.pop(f"{metric_key_prefix}_mean_of_rows")

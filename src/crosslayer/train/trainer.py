@@ -2,106 +2,63 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..accounting import peak_flops, training_flops_per_token
-from ..analysis.health import HealthLog, b_values, cross_layer_linears, gradient_norms, increment_ratios
-from ..crnet import CRNetConfig
-from ..errors import ConfigError, CrossLayerError, TrainingError
+from ..analysis.health import HealthLog, cross_layer_linears
+from ..errors import ConfigError, RunInterruptedError, RunStoppedError, TrainingError
 from ..evaluate import measure_perplexity
 from ..private import prepare_anew, set_last_rates
-from .callbacks import OwnIntervals, StopWhenNotFinite
+from .callbacks import OwnIntervals, ReleaseGradients
 from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_manifest
 from .losses import NextTokenLoss, without_repeats
+from .measures import Health, Throughput, beta_range
+from .monitor import STATE, Monitor, StepMonitor
+from .parallel import groups_by_mesh, is_split, local, reshard
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
 from .progress import LogLines, Progress
+from .sampler import LengthGroups
+from .sharded import ShardWriter, has_shards, load_optimizer, load_weights
+from .stopping import StopEarly
 from .stream import StreamTrainer
-
-
-def training_arguments(kind: type[TrainingArguments], settings: dict[str, Any], output_dir: Path) -> TrainingArguments:
-    """Arguments of a run, with `bf16: auto` decided. Raises ConfigError for values that cannot work."""
-    settings = dict(settings)
-    use_cuda = torch.cuda.is_available() and not settings.get("use_cpu", False)
-    if settings.get("bf16") == "auto":
-        settings["bf16"] = use_cuda and torch.cuda.is_bf16_supported()
-    if not use_cuda:
-        settings.setdefault("dataloader_pin_memory", False)
-    try:
-        arguments = kind(output_dir=str(output_dir), logging_nan_inf_filter=False, **settings)
-        arguments.to_json_string()  # as a checkpoint and a tracker keep them
-    except Exception as error:  # TrainingArguments and the libraries behind it fail in as many ways as there are values
-        raise ConfigError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
-    _check_intervals(arguments)
-    return arguments
-
-
-def _check_intervals(arguments: TrainingArguments) -> None:
-    if arguments.per_device_train_batch_size < 1 or arguments.gradient_accumulation_steps < 1:
-        raise ConfigError(
-            f"per_device_train_batch_size={arguments.per_device_train_batch_size} and gradient_accumulation_steps="
-            f"{arguments.gradient_accumulation_steps} must be at least 1"
-        )
-    if arguments.save_strategy == "steps" and arguments.logging_strategy == "steps":
-        save, log = arguments.save_steps, arguments.logging_steps
-        if save >= 1 and log >= 1 and save % log != 0:
-            raise ConfigError(
-                f"save_steps={save:g} is not a multiple of logging_steps={log:g}; a run resumed between two logs would "
-                "report a mean over fewer steps than an uninterrupted one"
-            )
-
-
-def check_metric(arguments: TrainingArguments, metrics: Sequence[str]) -> None:
-    """Raises ConfigError where the best checkpoint is to be chosen by a number that no evaluation gives."""
-    chosen = arguments.metric_for_best_model
-    if chosen is not None and chosen.removeprefix("eval_") not in metrics:
-        raise ConfigError(f"training.metric_for_best_model={chosen!r} is none of {', '.join(metrics)}")
-
-
-@contextmanager
-def nothing_left_behind(output_dir: Path) -> Iterator[None]:
-    """For what is made before a run's folder is: turns what libraries refuse into ConfigError, and removes the empty
-    folder that the Trainer makes."""
-    existed = output_dir.exists()
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError) as error:
-        if not existed and output_dir.is_dir():
-            with suppress(OSError):
-                output_dir.rmdir()
-        if isinstance(error, CrossLayerError):
-            raise
-        raise ConfigError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
-
-
-def describe_device(arguments: TrainingArguments) -> tuple[str, str, str]:
-    """(device, why this one, precision) in words."""
-    precision = "bf16 autocast" if arguments.bf16 else "fp16 autocast" if arguments.fp16 else "float32"
-    if arguments.device.type == "cuda":
-        return torch.cuda.get_device_name(arguments.device), "CUDA is available", precision
-    reason = "use_cpu is set" if arguments.use_cpu else "CUDA is not available"
-    return f"cpu, {torch.get_num_threads()} threads", reason, precision
-
 
 _OF_GROUPS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 """Settings of parameter groups that a resumed run may change; the rate comes from the schedule."""
 
 
+@contextmanager
+def _unrefused(arguments: TrainingArguments, model: Any) -> Iterator[None]:
+    """The Trainer refuses checkpoints to go on from of a model that processes share; it is not asked to write them."""
+    weights_only = arguments.save_only_model
+    arguments.save_only_model = weights_only or is_split(model)
+    try:
+        yield
+    finally:
+        arguments.save_only_model = weights_only
+
+
 class SafeTrainer(Trainer):
-    """Trainer that stops a broken run: a loss that is not finite, a checkpoint that cannot be written.
+    """Trainer that stops a broken run: numbers that are not finite, a checkpoint that cannot be written.
 
     As a first base class it does the same for other Trainers.
 
+    - `run`: as `train`, and may be asked to stop early;
+    - `_get_grad_norm`: looks at loss and gradient norm of a step, and leaves out one that is not finite;
+    - `log`: the loss is the mean over the steps since the last log, also where a run was resumed between two;
     - `train`: with several processes they train one model also after an evaluation;
     - `_save_checkpoint`: never keeps a half-written checkpoint or one with weights that are not finite; adds hashes;
+    - a model that processes share is saved and gone on with in parts (sharded.py), which the Trainer cannot do;
+    - `_get_train_sampler`: rows grouped by length come in an order that a resumed run finds again;
     - `get_batch_samples`: rows that accelerate repeats to give every process as many do not count a second time;
     - `_run_epoch`: a run that goes on from its last step takes no other;
     - `_load_optimizer_and_scheduler`: a resumed run takes its own rates, decay and schedule;
@@ -111,17 +68,39 @@ class SafeTrainer(Trainer):
     optimizer: torch.optim.Optimizer | None
     control: TrainerControl
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.losses_are_finite: torch.Tensor | bool = True
+    def __init__(self, *args, monitor: Monitor | None = None, **kwargs) -> None:
+        with _unrefused(kwargs["args"], kwargs.get("model")):
+            super().__init__(*args, **kwargs)
+        is_adapted = hasattr(self.model, "peft_config")  # whole in every process, and all that is saved
+        self.shards = ShardWriter() if is_split(self.model) and not is_adapted else None
+        settings = monitor or Monitor()
+        self.monitor = StepMonitor(settings, self.last_good_checkpoint)
+        self.stopping = StopEarly(settings.max_hours)
+        self._step_loss = torch.zeros((), device=self.args.device)
         self._most_checkpoints: int | None = self.args.save_total_limit
-        self.add_callback(StopWhenNotFinite(self))
-        self.add_callback(OwnIntervals())
+        for callback in (self.monitor, self.stopping, OwnIntervals()):
+            self.add_callback(callback)
         # The Trainer has one of the two; its own print dictionaries, one of them to standard output.
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(Progress())
         elif self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines())
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train from the first step or a checkpoint. Raises RunStoppedError and RunInterruptedError where it ends
+        early, TrainingError where it is broken."""
+        try:
+            with self.stopping.listening():
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except KeyboardInterrupt:
+            raise RunInterruptedError(
+                f"interrupted at step {self.state.global_step}; {self.last_good_checkpoint()}"
+            ) from None
+        if self.stopping.is_stopping and self.state.global_step < self.state.max_steps:
+            raise RunStoppedError(
+                f"stopped at step {self.state.global_step} ({self.stopping.reason or 'asked in another process'}); "
+                f"{self.last_good_checkpoint()}"
+            )
 
     def train(self, *args, **kwargs) -> Any:
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
@@ -130,10 +109,12 @@ class SafeTrainer(Trainer):
             self.model_wrapped = self.model
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             prepare_anew(self.model)
+        self._step_loss = torch.zeros((), device=self.args.device)
         # The Trainer would take any folder that begins like a checkpoint for one of its own to remove.
         self._most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super().train(*args, **kwargs)
+            self._wait_for_shards()
         finally:
             self.args.save_total_limit = self._most_checkpoints
         best = self.state.best_model_checkpoint
@@ -149,16 +130,62 @@ class SafeTrainer(Trainer):
 
     def check_optimizer(self, steps: int) -> None:
         """Make optimizer and schedule once and drop them: what they refuse shows before anything is written."""
-        name = str(self.args.optim)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or "lomo" in name or "layerwise" in name:
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        steps_in_backward = self.is_deepspeed_enabled or "lomo" in name or "layerwise" in name
+        if steps_in_backward and self.monitor.settings.on_nonfinite == "skip":
+            raise ConfigError(
+                f"on_nonfinite=skip needs the gradients before the optimizer does, and "
+                f"{'deepspeed' if self.is_deepspeed_enabled else f'optim={name}'} steps within the backward pass; "
+                "choose on_nonfinite=stop, or another optimizer"
+            )
+        if self.is_fsdp_enabled or steps_in_backward:
             return  # they change the model, or need it wrapped
         self.create_optimizer_and_scheduler(num_training_steps=steps)
         self.optimizer, self.lr_scheduler = None, None
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.losses_are_finite = self.losses_are_finite & torch.isfinite(loss)
-        return loss
+        self._step_loss = self._step_loss + loss
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer's own sum is for `train_loss` alone
+
+    def _get_grad_norm(self, model, grad_norm=None) -> Any:
+        """The Trainer's last call before the optimizer's step. None for a step that is left out."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss, wrong, value = self._step_of_all(norm)
+        if not self.monitor.look(self.state.global_step + 1, loss, value, wrong):
+            return norm
+        model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient: no decay, no momentum
+        return None
+
+    def _step_of_all(self, norm: Any) -> tuple[float, str | None, float]:
+        """(loss of the step, what is not finite, gradient norm), the same in every process; the one place where the
+        host waits for a device once a step. Notes too whether any process has been asked to stop."""
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+        loss = self._step_loss.float()
+        norm = torch.as_tensor(0.0 if norm is None else norm, device=loss.device).float()
+        self._step_loss = torch.zeros_like(loss)
+        # A scaler (fp16) looks for overflows itself and leaves such steps out.
+        norm_is_wrong = ~norm.isfinite() if self.accelerator.scaler is None else torch.zeros_like(norm)
+        asked = torch.full_like(loss, self.stopping.is_asked())
+        found = torch.stack([loss, ~loss.isfinite(), norm_is_wrong, asked, norm])
+        if self.args.world_size > 1:
+            found = self.accelerator.reduce(found, reduction="mean")
+        mean_loss, bad_loss, bad_norm, stop, value = found.tolist()
+        self.stopping.is_stopping = stop > 0
+        return mean_loss, "loss" if bad_loss else "gradient norm" if bad_norm else None, value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            del logs["loss"]
+            logs.update(self.monitor.metrics())
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroups(sampler.batch_size, sampler.lengths, seed)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device):
         return super().get_batch_samples(map(self.without_repeats, epoch_iterator), num_batches, device)
@@ -168,27 +195,78 @@ class SafeTrainer(Trainer):
         data = self.accelerator.gradient_state
         if self.args.world_size == 1 or not data.end_of_dataloader or data.remainder < 1 or "labels" not in batch:
             return batch
-        first_row = self.args.process_index * len(batch["labels"])
+        first_row = self.args.process_index // self.get_tp_size() * len(batch["labels"])
         return {**batch, "labels": without_repeats(batch["labels"], first_row, data.remainder)}
 
     def _save_checkpoint(self, model, trial) -> None:
+        self._wait_for_shards()
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        if not all(bool(local(parameter).isfinite().all()) for parameter in self.model.parameters()):
             raise TrainingError(f"weights are not finite at step {step}; {self.last_good_checkpoint()}")
+        self.state.stateful_callbacks[STATE] = self.monitor.state()
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise self._not_written(step, error) from error
         self.accelerator.wait_for_everyone()  # every process has written its random state
-        try:
+        best = self.state.best_model_checkpoint
+
+        def finish() -> None:
             if self.args.should_save:
                 write_manifest(folder, processes=self.args.world_size, weights_only=bool(self.args.save_only_model))
                 # Older ones go when this one is whole, hashes and all; and only folders that are checkpoints.
-                remove_old(folder.parent, folder, self._most_checkpoints, self.state.best_model_checkpoint)
+                remove_old(folder.parent, folder, self._most_checkpoints, best)
+
+        try:
+            if self.shards is None or self.args.save_only_model:
+                finish()
+            else:
+                self.shards.start(folder, self.model, self.own_optimizer(), finish)
         except OSError as error:
             raise self._not_written(step, error) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.shards is None or not _internal_call or self.args.save_only_model:
+            super().save_model(output_dir, _internal_call=_internal_call)
+        elif self.args.should_save:  # of a checkpoint whose weights are written in parts
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.shards is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            torch.save(cast(LambdaLR, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def own_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without what accelerate puts around it."""
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def _wait_for_shards(self) -> None:
+        if self.shards is None:
+            return
+        try:
+            self.shards.wait()
+        except Exception as error:  # torch hands on whatever a process met
+            raise self._not_written(self.state.global_step, error) from error
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if has_shards(Path(resume_from_checkpoint)):
+            load_weights(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if has_shards(best):
+            self._wait_for_shards()
+            load_weights(best, self.accelerator.unwrap_model(self.model))
+        else:
+            super()._load_best_model()
 
     def _not_written(self, step: int, error: Exception) -> TrainingError:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -202,7 +280,11 @@ class SafeTrainer(Trainer):
         optimizer, schedule = cast(torch.optim.Optimizer, self.optimizer), self.lr_scheduler
         asked = [{name: group[name] for name in _OF_GROUPS if name in group} for group in optimizer.param_groups]
         rates = list(getattr(schedule, "base_lrs", []))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if has_shards(Path(checkpoint)):
+            load_optimizer(Path(checkpoint), self.accelerator.unwrap_model(self.model), self.own_optimizer())
+            cast(LambdaLR, schedule).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         # Both bring back the rates of the run that wrote them; this run has its own.
         for group, settings in zip(optimizer.param_groups, asked, strict=True):
             group.update(settings)
@@ -238,6 +320,7 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
         *args,
         parameter_groups: ParameterGroups,
         block_size: int,
+        gradient_release: bool = False,
         validation_bytes: int | None = None,
         write_card: Callable[[Path], None] | None = None,
         health_file: Path | None = None,
@@ -251,12 +334,17 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
         self.validation_bytes = validation_bytes
         self.write_card = write_card
         self.last_evaluation: dict[str, Any] | None = None
-        self.throughput = _Throughput(block_size)
+        self.throughput = Throughput(block_size)
         self.add_callback(self.throughput)
+        if gradient_release:
+            self.add_callback(ReleaseGradients(self))
         self.health = None
         if health_file is not None and cross_layer_linears(self.model):
-            self.health = _Health(
-                HealthLog(health_file), self.accelerator.unwrap_model, self.compute_loss_context_manager
+            self.health = Health(
+                HealthLog(health_file),
+                self.accelerator.unwrap_model,
+                self.compute_loss_context_manager,
+                gradient_release,
             )
             self.add_callback(self.health)
 
@@ -269,12 +357,13 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
             groups = optimizer_groups(model, self.parameter_groups, self.args.learning_rate, self.args.weight_decay)
             if "params" in settings:  # GaLore, APOLLO
                 groups = divide_groups(settings.pop("params"), groups)
+            groups = groups_by_mesh(groups)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
+        self.throughput.tokens += inputs["input_ids"].numel() * self.readers
         if self.health is not None:
             self.health.inputs = inputs
         return loss
@@ -300,9 +389,10 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
                 self.model,
                 dataloader,
                 utf8_bytes=self.validation_bytes if eval_dataset is None else None,
-                gather=self.accelerator.gather_for_metrics,
+                gather=self.gather_rows,
                 on_batch=on_batch,
             )
+        reshard(self.model)
         metrics = {
             f"{metric_key_prefix}_loss": result.loss,
             f"{metric_key_prefix}_perplexity": result.perplexity,
@@ -315,6 +405,25 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @property
+    def readers(self) -> int:
+        """How many processes read rows of their own."""
+        return self.args.world_size // self.get_tp_size()
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes [B, 2], those that accelerate repeats left out; of tensor parallelism's, which read
+        the same, once."""
+        if self.get_tp_size() == 1:
+            return self.accelerator.gather_for_metrics(rows)
+        data = self.accelerator.gradient_state
+        rows = self.accelerator.gather(rows).unflatten(0, (self.readers, self.get_tp_size(), -1))[:, 0].flatten(0, 1)
+        return rows[: data.remainder] if data.end_of_dataloader and data.remainder > 0 else rows
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)  # counts what a group of tensor parallelism reads for each of them
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.get_tp_size()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.throughput.metrics(self.model, self.args.device))
@@ -322,104 +431,14 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
             drift = getattr(self.model, "recompute_drift", None)
             if drift is not None:
                 logs["recompute_drift"] = drift
+            if self.health is not None and self.health.largest is not None:
+                logs["largest_increment"] = self.health.largest[0]
         super().log(logs)
+        if "loss" in logs and self.health is not None and self.health.largest is not None:
+            # Beside the numbers: trackers take no text.
+            self.state.log_history[-1] |= {"largest_increment_at": self.health.largest[1]}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.write_card is not None and self.args.should_save:
             self.write_card(Path(output_dir or self.args.output_dir))
-
-
-def beta_range(model: torch.nn.Module) -> dict[str, float]:
-    """Smallest and largest beta of a CR-Net model; nothing for other models."""
-    betas = [p.detach().reshape(()) for name, p in model.named_parameters() if name.rpartition(".")[2] == "beta"]
-    if not betas:
-        return {}
-    values = torch.stack(betas)
-    return {"beta_min": values.min().item(), "beta_max": values.max().item()}
-
-
-class _Throughput(TrainerCallback):
-    """Tokens per second of training alone, without evaluation and saving, since the last log."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.tokens = 0  # since the last log
-        self.seconds = 0.0
-        self.total_tokens = 0  # of this process, without the first step, which warms up
-        self.total_seconds = 0.0
-        self._step_started = 0.0
-        self._is_first_step = True
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._step_started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._is_first_step:
-            self._is_first_step, self.tokens = False, 0
-            return
-        self.seconds += time.perf_counter() - self._step_started
-
-    def metrics(self, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
-        if not self.seconds:
-            return {}
-        tokens_per_s = self.tokens / self.seconds
-        self.total_tokens, self.total_seconds = self.total_tokens + self.tokens, self.total_seconds + self.seconds
-        self.tokens, self.seconds = 0, 0.0
-        metrics = {"tokens_per_s": round(tokens_per_s, 1)}
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        if peak is not None:
-            world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-            flops = training_flops_per_token(cast(CRNetConfig, model.config), self.block_size)
-            metrics["mfu"] = round(tokens_per_s * flops / peak / world, 4)
-        return metrics
-
-
-class _Health(TrainerCallback):
-    """health.jsonl (analysis/health.py): one line at every logging step, nothing at the others.
-
-    Gradients are read before the optimizer takes them, that is after clipping.
-    """
-
-    def __init__(self, log: HealthLog, unwrap: Callable, autocast: Callable) -> None:
-        self.log = log
-        self.unwrap = unwrap
-        self.autocast = autocast
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, list[float | None]] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            self.log.cut(state.global_step)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if _will_log(args, state):
-            self.gradients = gradient_norms(model)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        if not self.gradients:
-            return
-        model = self.unwrap(model)
-        sequence: dict[str, torch.Tensor] = {
-            name: self.inputs[name][:1].to(args.device) for name in ("input_ids", "position_ids") if name in self.inputs
-        }
-        with self.autocast():
-            ratios = increment_ratios(model, sequence)
-        record = {
-            "step": state.global_step,
-            "tokens": int(state.num_input_tokens_seen),
-            "b": b_values(model),
-            "increment_ratio": ratios,
-            "gradient_norm": self.gradients,
-        }
-        self.gradients, self.inputs = {}, {}
-        if state.is_world_process_zero:
-            self.log.append(record)
-
-
-def _will_log(args, state) -> bool:
-    """Whether the step under way, not counted yet, is one that the Trainer logs after."""
-    step = state.global_step + 1
-    if args.logging_strategy != "steps":
-        return False
-    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)

@@ -36,11 +36,13 @@ class Loader(yaml.SafeLoader):
     """YAML 1.1 with numbers such as 1e-3, whose plain scalars are `Written` and whose keys are texts."""
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """What a node holds; a plain scalar that is no text as `Written`."""
         value = super().construct_object(node, deep=deep)
         is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
         return Written(node.value, value) if is_plain and not isinstance(value, str) else value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        """{key as it is written: value}. Raises ConstructorError for keys that are no scalars or stand there twice."""
         if not isinstance(node, yaml.MappingNode):
             raise yaml.constructor.ConstructorError(None, None, "expected a mapping", node.start_mark)
         seen: set[str] = set()

@@ -1,0 +1,130 @@
+"""A plan as people read it, on 80 columns: the recommendation first, then what it was chosen from."""
+
+from collections.abc import Callable, Iterable
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ..accounting.plan import MemoryPlan, Recommendation, Setting
+from ..accounting.planner import fastest, show_bytes
+
+SPLIT = "TP FSDP DDP"
+"""Header of a split: devices that split each layer x that share weights x replicas."""
+
+
+def show(plan: MemoryPlan, everything: bool = False) -> None:
+    """The model and the devices, the recommendation with its recipe lines, and tables of what stood beside it."""
+    console = Console(highlight=False)
+    best = plan.recommended
+    _show_model(console, plan)
+    _show_recommended(console, best)
+    if everything:
+        console.print(_settings(plan.settings), "")
+    else:
+        alike = [setting for setting in plan.settings if setting.sharding == best.setting.sharding]
+        console.print(_settings(_best_of_each(alike, lambda setting: setting.label)), "")
+        splits = _best_of_each(plan.settings, lambda setting: str(setting.sharding))
+        if len(splits) > 1:
+            console.print(_settings(splits), "")
+    console.print(_beside({plan.method: best, **plan.beside}))
+    for reason in (other for other in plan.beside.values() if isinstance(other, str)):
+        console.print(reason)
+    console.print(f"\n{_assumptions(plan)}", style="dim")
+
+
+def _show_model(console: Console, plan: MemoryPlan) -> None:
+    rank = f", rank {plan.rank}" if plan.rank else ""
+    trained = f", {plan.trainable / 1e6:,.2f}M trained" if plan.trainable != plan.parameters else ""
+    console.print(f"{plan.model}, {plan.method}{rank}: {plan.parameters / 1e6:,.2f}M parameters{trained}")
+    console.print(
+        f"{plan.gpus} x {plan.device}, {show_bytes(plan.gpu_memory_bytes)} each, {show_bytes(plan.usable_bytes)} to "
+        f"use; {plan.precision}, sequences of {plan.sequence:,} tokens; {plan.tokens / 1e9:,.3g}B tokens at "
+        f"{plan.utilisation:.0%} of {plan.peak_flops / 1e12:,.0f} TFLOP/s\n"
+    )
+
+
+def _show_recommended(console: Console, best: Recommendation) -> None:
+    setting = best.setting
+    axes = (("TP", setting.tensor_parallel), ("FSDP", setting.fsdp), ("replicas", setting.replicas))
+    split = "".join(f", {name} {size}" for name, size in axes if size > 1)
+    console.print(f"recommended: recompute {setting.label}, micro-batch {setting.micro_batch}{split}")
+    console.print(f"because it is {best.reason}")
+    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in setting.memory_bytes.items())
+    console.print(f"GB on each device: {setting.peak_bytes / 1e9:.1f} = {parts}")
+    if sum(setting.sent_bytes.values()):
+        sent = ", ".join(f"{axis} {size / 1e9:,.1f}" for axis, size in setting.sent_bytes.items() if size)
+        console.print(f"GB sent by each device in a step: {sent}")
+        console.print(f"{setting.waiting_seconds:.2f} s of a step of {setting.step_seconds:.2f} s are waiting for it")
+    console.print()
+    if best.recipe:
+        console.print(yaml.safe_dump(best.recipe, sort_keys=False))
+
+
+def _best_of_each(settings: Iterable[Setting], kind: Callable[[Setting], str]) -> list[Setting]:
+    """Of each kind, in the order of their first: the fastest that fits, else the smallest."""
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault(kind(setting), []).append(setting)
+    return [fastest(group) or min(group, key=lambda s: s.peak_bytes) for group in groups.values()]
+
+
+def _table(left: Iterable[str], right: Iterable[str]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for title in left:
+        table.add_column(title)
+    for title in right:
+        table.add_column(title, justify="right")
+    return table
+
+
+def _settings(settings: Iterable[Setting]) -> Table:
+    table = _table((SPLIT, "recompute", "fits"), ("batch", "GB", "sent GB", "tokens/s", "days"))
+    for setting in settings:
+        table.add_row(
+            str(setting.sharding),
+            setting.label,
+            "yes" if setting.fits else "no",
+            f"{setting.micro_batch} x {setting.accumulation}",
+            f"{setting.peak_bytes / 1e9:,.1f}",
+            f"{sum(setting.sent_bytes.values()) / 1e9:,.0f}",
+            f"{setting.tokens_per_s:,.0f}",
+            f"{setting.days:,.1f}",
+        )
+    return table
+
+
+def _beside(plans: dict[str, Recommendation | str]) -> Table:
+    table = _table(("method", SPLIT, "recompute"), ("parameters", "GB", "tokens/s", "days"))
+    for name, other in plans.items():
+        if not isinstance(other, str):
+            setting = other.setting
+            table.add_row(
+                name,
+                str(setting.sharding),
+                setting.label,
+                f"{other.parameters / 1e6:,.0f}M",
+                f"{setting.peak_bytes / 1e9:,.1f}",
+                f"{setting.tokens_per_s:,.0f}",
+                f"{setting.days:,.1f}",
+            )
+    return table
+
+
+def _assumptions(plan: MemoryPlan) -> str:
+    text = (
+        "batch: sequences x accumulation on each device. GB: peak on each device; --json has its parts. All of it is "
+        "arithmetic, with one utilisation for all: methods with fewer operations reach less of the peak "
+        "(docs/accounting.md)."
+    )
+    if plan.gpus == 1:
+        return text
+    beside = "beside the computation" if plan.overlap else "after the computation"
+    return (
+        f"{text} Links: {plan.links.within / 1e9:,.0f} GB/s within a node of {plan.links.node}, "
+        f"{plan.links.between / 1e9:,.1f} GB/s to others, from each device; FSDP and DDP send {beside}, tensor "
+        "parallelism is waited for (docs/scale.md)."
+    )
+
+
+__all__ = ["show"]
