@@ -21,6 +21,8 @@ OVERRIDDEN = {
         "_get_num_items_in_batch",
         "_get_grad_norm",
         "_get_train_sampler",
+        "_save_rng_state",
+        "_load_rng_state",
     ),
     "transformers:PreTrainedModel": ("_init_weights", "_initialize_weights", "_set_gradient_checkpointing"),
     "peft.tuners.tuners_utils:BaseTuner": (

@@ -30,6 +30,8 @@ RUN = {
     "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --max_steps 3000": f"{SMALL} --max_steps 1 "
     "--save_steps 1 --logging_steps 1",
     "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --resume": f"{SMALL} --max_steps 2",
+    "crosslayer prepare --recipe crnet_5m_text --data ./my_texts --output ready --workers 2": "",
+    "crosslayer pretrain --recipe crnet_5m_text --data ready": f"{SMALL} --max_steps 1 --output_dir runs/ready",
     "crosslayer evaluate runs/crnet_5m_text --data ./other_texts --part all": "",
     "crosslayer generate runs/crnet_5m_text --prompt 'Once upon a time'": "--max_new_tokens 8",
     "crosslayer analyze runs/crnet_5m_text": "--max_tokens 4096 --positions q",

@@ -342,7 +342,7 @@ def test_hub_names_reach_datasets_whole(config, monkeypatch):
         ({"data": "hf:"}, "data='hf:' is not a hub dataset"),
         ({"data": "hf:a/b/c"}, "is not a hub dataset"),
         ({"validation_data": "hf:a b"}, "validation_data='hf:a b' is not a hub dataset"),
-        ({"streaming": True}, "streaming is for hub datasets"),
+        ({"streaming": True}, "streaming is for files, folders and hub datasets"),
     ],
 )
 def test_configurations_that_cannot_work(fields, message):

@@ -26,6 +26,7 @@ from crosslayer.cli import (
     generate,
     main,
     plan,
+    prepare,
     pretrain,
     recipes,
 )
@@ -38,6 +39,7 @@ from tiny_run import tiny_content, tiny_recipe, write_texts
 pytestmark = long_enough
 VERBS = {
     "pretrain": pretrain.pretrain,
+    "prepare": prepare.prepare,
     "finetune": finetune.finetune,
     "evaluate": evaluate.evaluate,
     "generate": generate.generate,
@@ -102,6 +104,7 @@ def arguments_of(verb, root):
     out = f"--output_dir={root / 'out'}"
     return {
         "pretrain": [f"--recipe={root / 'recipe.yaml'}", out, "--dry-run"],
+        "prepare": [f"--recipe={root / 'recipe.yaml'}", f"--output={root / 'out'}"],
         "finetune": [f"--model={root / 'encoder'}", "--task=sst2", f"--data={root / 'sst2'}", "--use_cpu", "--dry-run"],
         "evaluate": [str(root / "run"), f"--data={root / 'few'}"],
         "generate": [str(root / "run"), "--max_new_tokens=2", "--prompt=the"],

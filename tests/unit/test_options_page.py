@@ -49,7 +49,7 @@ def test_every_field_is_on_the_page(cls):
     assert {field.name for field in dataclasses.fields(cls)} - named <= {"transformers_version"}
 
 
-VERBS = "analyze compare evaluate finetune generate plan pretrain recipes bench-memory bench-speed"
+VERBS = "analyze compare evaluate finetune generate plan prepare pretrain recipes bench-memory bench-speed"
 
 
 @pytest.mark.parametrize("verb", VERBS.split())

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import tiny_finetune
-from crosslayer.errors import CheckpointError, ConfigError, TrainingError
+from crosslayer.errors import CheckpointError, ConfigError, DataError, TrainingError
 from crosslayer.train import build_recipe
 from crosslayer.train.checkpoints import MANIFEST, checkpoint_to_resume, checkpoints, damage, remove_old
 from crosslayer.train.run import pretrain
@@ -367,7 +367,7 @@ def test_a_streamed_run_goes_on_in_any_pass(streamed, tmp_path, step, monkeypatc
 
     def training_step(self, *args, **kwargs):
         steps.append(self.state.global_step)
-        passes.append(self.train_dataset.stream.epoch)
+        passes.append(json.loads(self.train_dataset.positions[0])[1])
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(PretrainTrainer, "training_step", training_step)
@@ -384,18 +384,40 @@ def test_a_streamed_run_goes_on_in_any_pass(streamed, tmp_path, step, monkeypatc
     assert steps == list(range(step, 12))
 
 
+def test_a_stream_stays_with_its_workers(streamed, tmp_path):
+    streamed["training"] |= {"max_steps": 4}
+    pretrain(build_recipe(streamed), tmp_path / "run")
+    streamed["training"] |= {"max_steps": 8, "dataloader_num_workers": 2}
+    with pytest.raises(ConfigError, match="dataloader_num_workers=2, was 0: every worker reads a part of the stream"):
+        pretrain(build_recipe(streamed), tmp_path / "run", resume=True)
+
+
+def test_what_a_worker_cannot_read_is_one_line(streamed, tmp_path):
+    write_texts(tmp_path / "local", 60)
+    (tmp_path / "local" / "more.jsonl").write_text('{"text": 1}\n')
+    streamed["data"] |= {"data": str(tmp_path / "local"), "max_validation_documents": 1, "max_tokenizer_documents": 9}
+    streamed["training"] |= {"dataloader_num_workers": 1}
+    with pytest.raises(DataError, match=r"^\S*more\.jsonl, line 1: .*not a string; repair it") as caught:
+        pretrain(build_recipe(streamed), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
 def test_passes_of_an_empty_stream_end():
-    from crosslayer.errors import DataError
+    from datasets import IterableDataset
+
     from crosslayer.train.stream import Passes
 
-    class Stream(list):
-        def set_epoch(self, number):
-            self.epoch = number
+    class Stream:
+        def __init__(self, rows):
+            self.rows = rows
 
-    with pytest.raises(DataError, match="no block"):
-        next(iter(Passes(Stream())))
-    rows = iter(Passes(Stream([1, 2])))
-    assert [next(rows) for _ in range(5)] == [1, 2, 1, 2, 1]
+        def one_pass(self, number, **part):
+            return IterableDataset.from_generator(lambda: ({"row": row} for row in self.rows))
+
+    with pytest.raises(DataError, match="no block for one of its 1 readers"):
+        next(iter(Passes(Stream([]), 4)))
+    rows = iter(Passes(Stream([1, 2]), 4))
+    assert [next(rows)["row"] for _ in range(5)] == [1, 2, 1, 2, 1]
 
 
 # --------------------------------------------------------------------------------------------------- fine-tuning

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CrossLayerError, RunInterruptedError, RunStoppedError, TrainingError
-from . import analyze, bench, compare, evaluate, export, finetune, generate, interrupt, plan, pretrain, recipes
+from . import analyze, bench, compare, evaluate, export, finetune, generate, interrupt, plan, prepare, pretrain, recipes
 from .common import help_without_arguments
 from .ranges import checked
 
@@ -24,6 +24,7 @@ app = typer.Typer(name=NAME, rich_markup_mode=None, pretty_exceptions_enable=Fal
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 ANY_FIELD = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=ANY_FIELD)(checked(pretrain.pretrain))
+app.command(context_settings=ANY_FIELD)(checked(prepare.prepare))
 app.command(context_settings=ANY_FIELD)(checked(finetune.finetune))
 app.command(context_settings=ANY_FIELD)(checked(compare.compare))
 app.command()(checked(evaluate.evaluate))

@@ -18,7 +18,7 @@ from ..errors import TrainingError
 from ..train.memory import training_method, training_step
 from ..train.progress import LogLines
 from ..train.recipe import build_recipe
-from ..train.run import build_arguments, build_model, build_model_config
+from ..train.run import build_arguments, build_model, build_model_config, training_rows
 from ..train.run_folder import read_json, write_json
 from ..train.trainer import PretrainTrainer
 from .recipes import FACTORS
@@ -121,7 +121,7 @@ def run_once(job: Job, folder: Path) -> RunResult:
         trainer = PretrainTrainer(
             model=build_model(config, job.seed),
             args=arguments,
-            train_dataset=prepared.train,
+            train_dataset=training_rows(prepared.train, arguments),
             eval_dataset=_first(prepared.validation, job.validation_blocks),
             processing_class=prepared.tokenizer,
             data_collator=default_data_collator,

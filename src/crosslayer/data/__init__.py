@@ -11,7 +11,7 @@ this package is cheap: `datasets` and `transformers` are imported when a functio
 
 from .config import DataConfig
 from .packing import IGNORE_INDEX, SplitStatistics
-from .prepare import DataStatistics, PreparedData, load_documents, load_evaluation_data, prepare_data
+from .prepare import DataStatistics, PreparedData, load_documents, load_evaluation_data, prepare_data, prepare_folder
 from .tasks import Task, TaskConfig, load_task
 from .tokenizer import document_end_id, document_start_id, load_tokenizer, padding_id, train_tokenizer
 
@@ -31,5 +31,6 @@ __all__ = [
     "load_tokenizer",
     "padding_id",
     "prepare_data",
+    "prepare_folder",
     "train_tokenizer",
 ]

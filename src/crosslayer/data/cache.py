@@ -47,15 +47,23 @@ def is_complete(folder: Path) -> bool:
     discarded."""
     if not folder.exists():
         return False
+    problem = problem_of(folder)
+    if problem is not None:
+        discard(folder, problem)
+    return problem is None
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with the files of a folder; None where they are those of its manifest, byte for byte."""
     try:
         expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if _hashes(folder) == expected:
-            return True
-        reason = "its files are not those that were written"
+        found = _hashes(folder)
     except (OSError, ValueError) as error:
-        reason = f"its manifest cannot be read: {error}"
-    discard(folder, reason)
-    return False
+        return f"its manifest cannot be read: {error}"
+    if found == expected:
+        return None
+    names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    return f"its files are not those that were written ({', '.join(names[:3])})"
 
 
 def discard(folder: Path, reason: object) -> None:

@@ -78,10 +78,10 @@ class DataConfig:
     """Read only the first so many documents of `data` (not of `validation_data`)."""
 
     streaming: bool = False
-    """Hub datasets only: do not download, tokenise while training."""
+    """Files, folders and hub datasets: nothing is downloaded or tokenised before, but read while training."""
 
     shuffle_buffer: int = 10_000
-    """Documents in the shuffle buffer of a streaming source; 0 = source order."""
+    """Documents of a streaming source that are shuffled among one another; 0 = source order."""
 
     skip_bad: bool = False
     """Leave out and count files that are not UTF-8, broken JSON lines and rows without text, instead of
@@ -115,9 +115,9 @@ class DataConfig:
         return vocabulary_too_small(self.tokenizer_vocab_size)
 
     def _streaming_problem(self) -> str | None:
-        if not self.streaming or is_hub(self.data):
+        if not self.streaming or self.data != PYTHON_LIBRARY:
             return None
-        return f"streaming is for hub datasets, not data={self.data!r}; give hf:owner/name, or turn it off"
+        return f"streaming is for files, folders and hub datasets, not data={self.data!r}; give one, or turn it off"
 
     def _split_problem(self, name: str, field: str, source: str | None) -> str | None:
         """A split that is asked for and would be ignored."""

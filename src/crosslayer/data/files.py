@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import DataError
 from .cutting import LONG_FILE_BYTES, cut_long_text, cut_text_file, is_long
 from .json_lines import GZIP_ERRORS, json_lines, json_type, lone_surrogate, names_of, not_utf8, open_bytes
-from .spool import spool
+from .spool import document_features, spool
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 Kind = Literal["text", "json", "parquet"]
 
@@ -178,11 +178,31 @@ def read_files(files: list[ScannedFile], options: ReadingOptions) -> tuple[Datas
     Raises DataError naming the file, and the line where there is one, for the first thing that cannot be read, unless
     `skip_bad`; also then for a JSON-lines file without a single good line and for a text column that is not there.
     """
+    tally = Tally(skipped=_broken(files, options))
+    return spool(_documents(files, options, tally), options.cache_dir), tally
+
+
+def stream_files(files: list[ScannedFile], options: ReadingOptions) -> IterableDataset:
+    """The documents of `read_files`, read when they are asked for; every file is a shard, and what is left out or cut
+    is not counted. Raises DataError as it does, for what is inside a file from within the iteration."""
+    from datasets import IterableDataset
+
+    _broken(files, options)
+    whole = {"files": [file for file in files if file.problem is None], "options": options}
+    return IterableDataset.from_generator(_stream, features=document_features(), gen_kwargs=whole)
+
+
+def _stream(files: list[ScannedFile], options: ReadingOptions) -> Iterator[dict[str, str]]:
+    for name, text in _documents(files, options, Tally()):
+        yield {"text": text, "name": name}
+
+
+def _broken(files: list[ScannedFile], options: ReadingOptions) -> int:
+    """How many files cannot be read. Raises DataError for the first one, unless `skip_bad`."""
     broken = [file.problem for file in files if file.problem is not None]
     if broken and not options.skip_bad:
         raise DataError(f"{broken[0]}; {_SKIP_HINT.format('files')}")
-    tally = Tally(skipped=len(broken))
-    return spool(_documents(files, options, tally), options.cache_dir), tally
+    return len(broken)
 
 
 def _documents(files: list[ScannedFile], options: ReadingOptions, tally: Tally) -> Iterator[tuple[str, str]]:

@@ -19,10 +19,10 @@ Letters: T block size, N blocks. All arrays here are numpy; ids and positions in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from .tokenizer import document_end_id, document_start_id, encode_documents, padding_id
 
 if TYPE_CHECKING:
+    from datasets import Features
     from transformers import PreTrainedTokenizerFast
 
 IGNORE_INDEX = -100
@@ -61,6 +62,13 @@ class SplitStatistics:
 
     predicted_tokens: int | None = None
     """Labels that are not -100, over all blocks: the denominator of the mean loss."""
+
+
+def block_features() -> Features:
+    """The columns of every dataset of blocks."""
+    from datasets import Features, List, Value
+
+    return Features({name: List(Value("int32")) for name in BLOCK_COLUMNS})
 
 
 def join_documents(documents: list[list[int]], start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
@@ -109,6 +117,25 @@ def _columns(ids: NDArray[np.int32], is_start: NDArray[np.bool_]) -> Blocks:
     return {"input_ids": np.ascontiguousarray(ids), "position_ids": index - last_restart, "labels": labels}
 
 
+class Tokens(NamedTuple):
+    """Documents as one stream."""
+
+    ids: NDArray[np.int32]
+    """[n]"""
+    is_start: NDArray[np.bool_]
+    """[n], True where a document begins."""
+    bytes: int
+    """UTF-8 bytes of the texts."""
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Iterator[Tokens]:
+    """The tokens of the texts in order, `[start] + ids + [end]` each, some texts at a time."""
+    start, end = document_start_id(tokenizer), document_end_id(tokenizer)
+    for few in _batches(texts):
+        ids, is_start = join_documents(encode_documents(tokenizer, few), start, end)
+        yield Tokens(ids, is_start, sum(len(text.encode("utf-8")) for text in few))
+
+
 class DocumentPacker:
     """Turns batches of texts into blocks, carrying the incomplete block from batch to batch.
 
@@ -130,28 +157,33 @@ class DocumentPacker:
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.last_index = rows - 1 if pad_last and rows is not None else None
-        self._start, self._end = document_start_id(tokenizer), document_end_id(tokenizer)
         self._ids = np.empty(0, np.int32)
         self._is_start = np.empty(0, np.bool_)
         self._documents = self._tokens = self._bytes = self._blocks = self._predicted = 0
 
     def __call__(self, batch: dict[str, list[str]], indices: list[int]) -> Blocks:
-        """Blocks completed by the texts in `batch["text"]`, whose row numbers are `indices`."""
-        blocks = self.add(batch["text"])
+        """Blocks completed by the rows of a batch, whose row numbers are `indices`."""
+        blocks = self._add(self.tokens_of(batch))
         if self.last_index is not None and indices[-1] == self.last_index:
-            blocks = _stack(blocks, self.finish())
+            blocks = stack_blocks(blocks, self.finish())
         return blocks
+
+    def tokens_of(self, batch: dict[str, list[str]]) -> Iterator[Tokens]:
+        """The tokens in the rows of a batch: of the texts in its column `text`."""
+        return tokenize(self.tokenizer, batch["text"])
 
     def add(self, texts: list[str]) -> Blocks:
         """Append documents to the stream; return the blocks that are now complete."""
-        parts = [(self._ids, self._is_start)]
-        for few in _batches(texts):
-            parts.append(join_documents(encode_documents(self.tokenizer, few), self._start, self._end))
-            self._tokens += len(parts[-1][0])
-        self._documents += len(texts)
-        self._bytes += sum(len(text.encode("utf-8")) for text in texts)
-        ids = np.concatenate([ids for ids, _ in parts])
-        is_start = np.concatenate([starts for _, starts in parts])
+        return self._add(tokenize(self.tokenizer, texts))
+
+    def _add(self, parts: Iterable[Tokens]) -> Blocks:
+        stream = [Tokens(self._ids, self._is_start, 0), *parts]
+        for part in stream[1:]:
+            self._documents += int(np.count_nonzero(part.is_start))
+            self._tokens += len(part.ids)
+            self._bytes += part.bytes
+        ids = np.concatenate([part.ids for part in stream])
+        is_start = np.concatenate([part.is_start for part in stream])
         blocks, used = cut_blocks(ids, is_start, self.block_size)
         self._ids, self._is_start = ids[used:].copy(), is_start[used:].copy()
         return self._count(blocks)
@@ -194,5 +226,6 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _stack(first: Blocks, second: Blocks) -> Blocks:
+def stack_blocks(first: Blocks, second: Blocks) -> Blocks:
+    """The blocks of both, in order."""
     return {name: np.concatenate([first[name], second[name]]) for name in BLOCK_COLUMNS}

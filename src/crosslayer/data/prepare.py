@@ -17,25 +17,27 @@ from ..errors import ConfigError, DataError
 from ..private import dataset_fingerprint
 from ..ranges import LENGTH, out_of_range
 from . import cache
-from .config import DataConfig, cache_root
+from .config import DataConfig, cache_root, local_path
 from .files import quiet
-from .packing import BLOCK_COLUMNS, DocumentPacker, SplitStatistics
+from .packing import DocumentPacker, SplitStatistics, block_features
+from .parts import PartPacker, Parts
+from .prepared import check_prepared, is_prepared, preparing
 from .sources import Source, open_source
 from .split import (
     BATCH,
     all_documents,
     first_rows,
-    is_held_out,
     read,
     split_documents,
     split_stream,
     text_batches,
     validation_documents,
 )
+from .stream import TrainingStream
 from .tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerFast
 
 
@@ -70,10 +72,10 @@ class PreparedData:
     block_size ints.
 
     `train` holds whole blocks only; the last block of `validation` is padded, so that its loss counts every
-    token. With `streaming`, `train` is an IterableDataset.
+    token. With `streaming`, `train` gives one pass after another.
     """
 
-    train: Dataset | IterableDataset
+    train: Dataset | TrainingStream
     validation: Dataset
     tokenizer: PreTrainedTokenizerFast
     statistics: DataStatistics
@@ -86,19 +88,49 @@ def prepare_data(config: DataConfig) -> PreparedData:
     Raises DataError for data that is missing, unreadable or too small, ConfigError for a tokenizer that
     cannot be used. Neither leaves anything in the cache.
     """
-    source = open_source(config)
-    held_out = open_source(config, validation=True) if config.validation_data is not None else None
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
-    folder = cache_root(config.cache_dir) / cache.cache_key(_key_content(config, source, held_out, tokenizer))
+    if is_prepared(local_path(config.data)):
+        check_prepared(local_path(config.data), config)
+        return _open(local_path(config.data), cache_hit=True)
+    ingredients = _open_ingredients(config)
+    folder = cache_root(config.cache_dir) / ingredients.key
 
-    prepared = _load(folder, config, source, tokenizer, cache_hit=True)
+    prepared = _load(folder, ingredients, cache_hit=True)
     if prepared is None:
         with cache.building(folder) as temporary:
-            _build(temporary, config, source, held_out, tokenizer)
-        prepared = _load(folder, config, source, tokenizer, cache_hit=False)
+            _build(temporary, ingredients)
+        prepared = _load(folder, ingredients, cache_hit=False)
     if prepared is None:
         raise DataError(f"{folder}: the data cache cannot be read back; check the disk or choose another cache_dir")
     return prepared
+
+
+def prepare_folder(config: DataConfig, output: Path, workers: int = 1) -> DataStatistics:
+    """Prepare the data of a configuration into a new folder, which `data` may name on any machine.
+
+    Args:
+        workers: processes that tokenise.
+
+    The folder is there when it is whole. What was tokenised when the work broke off lies beside it, in
+    `<output>.partial`, and is not tokenised again. The blocks are those of `prepare_data`. Raises as it does, and
+    ConfigError for a stream and for a folder that holds something else.
+    """
+    if config.streaming:
+        raise ConfigError("a stream is read while it trains; give streaming: false to prepare it")
+    ingredients = _open_ingredients(config)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not is_prepared(output):
+            raise ConfigError(f"{output} holds other files; give a new folder as --output")
+        check_prepared(output, config)
+        if _content(output)["key"] != ingredients.key:
+            raise ConfigError(f"{output} holds other prepared data; give a new folder as --output")
+        return _open(output, cache_hit=True).statistics
+    with (
+        preparing(output, ingredients.key) as work,
+        Parts(work, workers) as parts,
+        cache.building(work / "data") as temporary,
+    ):
+        _build(temporary, ingredients, parts)
+    return _open(output, cache_hit=False).statistics
 
 
 def load_documents(config: DataConfig) -> Dataset | IterableDataset:
@@ -135,6 +167,30 @@ def load_evaluation_data(
 # ------------------------------------------------------------------------------------------------ the cache
 
 
+@dataclass(kw_only=True, frozen=True)
+class _Ingredients:
+    """What blocks are made from."""
+
+    config: DataConfig
+    source: Source
+    held_out: Source | None
+    tokenizer: PreTrainedTokenizerFast | None
+    """None: to be trained."""
+
+    @property
+    def key(self) -> str:
+        return cache.cache_key(_key_content(self.config, self.source, self.held_out, self.tokenizer))
+
+
+def _open_ingredients(config: DataConfig) -> _Ingredients:
+    return _Ingredients(
+        config=config,
+        source=open_source(config),
+        held_out=open_source(config, validation=True) if config.validation_data is not None else None,
+        tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
+    )
+
+
 def _key_content(
     config: DataConfig, source: Source, held_out: Source | None, tokenizer: PreTrainedTokenizerFast | None
 ) -> dict[str, Any]:
@@ -153,29 +209,31 @@ def _key_content(
     }
 
 
-def _build(
-    folder: Path,
-    config: DataConfig,
-    source: Source,
-    held_out: Source | None,
-    tokenizer: PreTrainedTokenizerFast | None,
-) -> None:
+def _build(folder: Path, given: _Ingredients, parts: Parts | None = None) -> None:
     """Write train/ (unless streaming), validation/, tokenizer/ and statistics.json into an empty folder."""
-    split = (split_stream if config.streaming else split_documents)(config, source, held_out)
-    if tokenizer is None:
+    config, source = given.config, given.source
+    split = (split_stream if config.streaming else split_documents)(config, source, given.held_out)
+
+    def tokenizer_of_the_data() -> PreTrainedTokenizerFast:
+        if given.tokenizer is not None:
+            return given.tokenizer
         texts = text_batches(first_rows(split.train, config.max_tokenizer_documents))
-        tokenizer = train_tokenizer(texts, config.tokenizer_vocab_size, config.block_size)
+        return train_tokenizer(texts, config.tokenizer_vocab_size, config.block_size)
+
+    tokenizer = tokenizer_of_the_data() if parts is None else parts.tokenizer(tokenizer_of_the_data)
     tokenizer.save_pretrained(folder / "tokenizer")
 
     train = SplitStatistics()
     if not config.streaming:
-        train = _write_split(folder / "train", split.train, tokenizer, config.block_size, pad_last=False)
+        train = _write_split(folder / "train", split.train, tokenizer, config.block_size, parts, pad_last=False)
         if not train.blocks:
             raise DataError(
                 f"{source.label}: the training documents hold {train.tokens} tokens, but one block needs "
                 f"{config.block_size}; add text or lower block_size"
             )
-    validation = _write_split(folder / "validation", split.validation, tokenizer, config.block_size, pad_last=True)
+    validation = _write_split(
+        folder / "validation", split.validation, tokenizer, config.block_size, parts, pad_last=True
+    )
     content = {
         "train": asdict(train),
         "validation": asdict(validation),
@@ -183,16 +241,30 @@ def _build(
         "duplicates": split.duplicates,
         "cut": split.cut,
         "held_out": sorted(digest.hex() for digest in split.held_out) if config.streaming else [],
+        "key": given.key,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "config": {name: value for name, value in asdict(config).items() if name not in ("data", "cache_dir")},
     }
     (folder / "statistics.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _write_split(
-    folder: Path, documents: Dataset, tokenizer: PreTrainedTokenizerFast, block_size: int, *, pad_last: bool
+    folder: Path,
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    block_size: int,
+    parts: Parts | None,
+    *,
+    pad_last: bool,
 ) -> SplitStatistics:
     """Pack documents into blocks and save those in `folder`, never holding all of them in memory."""
     scratch = folder.with_name(f"{folder.name}.arrow")
-    blocks, statistics = pack_documents(documents, tokenizer, block_size, pad_last=pad_last, file=scratch)
+    if parts is None:
+        blocks, statistics = pack_documents(documents, tokenizer, block_size, pad_last=pad_last, file=scratch)
+    else:
+        rows = parts.tokenize(folder.name, documents, tokenizer)
+        packer = PartPacker(tokenizer, block_size, pad_last=pad_last, rows=len(rows))
+        blocks, statistics = _pack(rows, packer, batch_size=1, file=scratch)
     with quiet():
         blocks.save_to_disk(folder)
     del blocks
@@ -200,31 +272,38 @@ def _write_split(
     return statistics
 
 
-def _load(
-    folder: Path,
-    config: DataConfig,
-    source: Source,
-    tokenizer: PreTrainedTokenizerFast | None,
-    *,
-    cache_hit: bool,
-) -> PreparedData | None:
+def _load(folder: Path, given: _Ingredients, *, cache_hit: bool) -> PreparedData | None:
     """Prepared data from a cache folder; None when it is not there, or damaged (which is logged)."""
-    import datasets
-
     if not cache.is_complete(folder):
         return None
     try:
-        content = json.loads((folder / "statistics.json").read_text(encoding="utf-8"))
-        if tokenizer is None:
-            tokenizer = load_tokenizer(str(folder / "tokenizer"))
-        validation = datasets.load_from_disk(folder / "validation")
-        train: Any = None if config.streaming else datasets.load_from_disk(folder / "train")
+        return _open(folder, given, cache_hit=cache_hit)
     except (OSError, ValueError, KeyError) as error:  # those of arrow and our own are ValueErrors too
         cache.discard(folder, error)
         return None
-    if config.streaming:
-        held_out = frozenset(bytes.fromhex(digest) for digest in content["held_out"])
-        train = _training_stream(config, source, tokenizer, held_out)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "statistics.json").read_text(encoding="utf-8"))
+
+
+def _open(folder: Path, given: _Ingredients | None = None, *, cache_hit: bool) -> PreparedData:
+    """What a folder holds; what it was made from is asked for its tokenizer and, where it streams, its documents."""
+    import datasets
+
+    content = _content(folder)
+    tokenizer = None if given is None else given.tokenizer
+    if tokenizer is None:
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    if given is not None and given.config.streaming:
+        train: Any = TrainingStream(
+            documents=cast("IterableDataset", read(given.source, given.config.max_documents).dataset),
+            tokenizer=tokenizer,
+            config=given.config,
+            held_out=frozenset(bytes.fromhex(digest) for digest in content["held_out"]),
+        )
+    else:
+        train = datasets.load_from_disk(folder / "train")
     statistics = DataStatistics(
         train=SplitStatistics(**content["train"]),
         validation=SplitStatistics(**content["validation"]),
@@ -235,51 +314,11 @@ def _load(
         cache_path=str(folder),
         cache_hit=cache_hit,
     )
-    return PreparedData(train=train, validation=cast("Dataset", validation), tokenizer=tokenizer, statistics=statistics)
+    validation = cast("Dataset", datasets.load_from_disk(folder / "validation"))
+    return PreparedData(train=train, validation=validation, tokenizer=tokenizer, statistics=statistics)
 
 
 # ---------------------------------------------------------------------------------------------------- blocks
-
-
-def _training_stream(
-    config: DataConfig, source: Source, tokenizer: PreTrainedTokenizerFast, held_out: frozenset[bytes]
-) -> IterableDataset:
-    """Training blocks of a streaming source, made while they are read.
-
-    Documents are packed batch by batch and the incomplete block at the end of a batch is dropped, so that
-    the stream has no state but its position and can be resumed. A batch has at least 4 documents for each
-    token of a block, which keeps the loss below one part in twelve even for one-token documents; for web
-    pages it is one part in thousands.
-    """
-    stream: Any = read(source, config.max_documents).dataset
-    if config.shuffle_buffer:
-        stream = stream.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
-
-    return cast(
-        "IterableDataset",
-        stream.map(
-            _pack_batch,
-            batched=True,
-            batch_size=max(1000, 4 * config.block_size),
-            remove_columns=["text", "name"],
-            features=_block_features(),
-            fn_kwargs={"tokenizer": tokenizer, "config": config, "held_out": held_out},
-        ),
-    )
-
-
-def _pack_batch(
-    batch: dict[str, list[str]],
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    config: DataConfig,
-    held_out: frozenset[bytes],
-) -> dict[str, Any]:
-    """Whole blocks of the training documents in one batch, as lists: rows of a stream are handed on as they
-    are."""
-    texts = [text for text in batch["text"] if text.strip() and not is_held_out(text, config, held_out)]
-    blocks = DocumentPacker(tokenizer, config.block_size).add(texts)
-    return {name: column.tolist() for name, column in blocks.items()}
 
 
 def pack_documents(
@@ -292,23 +331,23 @@ def pack_documents(
 ) -> tuple[Dataset, SplitStatistics]:
     """Tokenise the column `text` and pack it into blocks, in memory or in an Arrow file."""
     packer = DocumentPacker(tokenizer, block_size, pad_last=pad_last, rows=len(documents))
-    blocks = documents.map(
+    return _pack(documents, packer, batch_size=BATCH, file=file)
+
+
+def _pack(
+    rows: Dataset, packer: DocumentPacker, *, batch_size: int, file: Path | None
+) -> tuple[Dataset, SplitStatistics]:
+    blocks = rows.map(
         packer,
         batched=True,
-        batch_size=BATCH,
+        batch_size=batch_size,
         with_indices=True,
-        remove_columns=documents.column_names,
-        features=_block_features(),
+        remove_columns=rows.column_names,
+        features=block_features(),
         load_from_cache_file=False,
         keep_in_memory=file is None,
         cache_file_name=None if file is None else str(file),
-        new_fingerprint=f"{dataset_fingerprint(documents)}-{block_size}-{pad_last}",
+        new_fingerprint=f"{dataset_fingerprint(rows)}-{packer.block_size}-{packer.last_index is not None}",
         desc="Tokenising",
     )
     return blocks, packer.statistics()
-
-
-def _block_features() -> Features:
-    from datasets import Features, List, Value
-
-    return Features({name: List(Value("int32")) for name in BLOCK_COLUMNS})

@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +31,9 @@ from .files import (
     pieces,
     read_files,
     scan_file,
+    stream_files,
 )
+from .prepared import is_prepared
 from .spool import document_features, documents_from_pairs
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ def open_source(config: DataConfig, *, validation: bool = False) -> Source:
     Raises DataError when it does not exist, holds no text, or cannot be reached.
     """
     spec = (config.validation_data or "") if validation else config.data
+    if validation and not is_hub(spec):
+        config = replace(config, streaming=False)
     if spec == PYTHON_LIBRARY:
         return python_library(config)
     if is_hub(spec):
@@ -97,6 +101,7 @@ class FileSource:
     ) -> None:
         self.label = label
         self._files = files
+        self._streaming = config.streaming
         self._extra = extra or []
         skip_bad = config.skip_bad if skip_bad is None else skip_bad
         self.identity: dict[str, Any] = {
@@ -104,6 +109,7 @@ class FileSource:
             "text_column": config.text_column,
             "skip_bad": skip_bad,
             "longest_text": longest_text,
+            **({"streaming": True} if config.streaming else {}),
             **(extra_identity or {}),
         }
         self._options = ReadingOptions(
@@ -114,9 +120,11 @@ class FileSource:
         )
 
     def read(self) -> Documents:
-        """All documents of the files in order, then the extra ones."""
+        """All documents of the files in order, then the extra ones; streamed, they are read when they are asked for."""
         from datasets import concatenate_datasets
 
+        if self._streaming:
+            return Documents(stream_files(self._files, self._options), 0)
         dataset, tally = read_files(self._files, self._options)
         if self._extra:
             dataset = concatenate_datasets([dataset, documents_from_pairs(self._extra)])
@@ -127,6 +135,8 @@ def local_files(spec: str, config: DataConfig) -> FileSource:
     """A file or a folder. Raises DataError when it is missing, empty, or of an unknown kind."""
     path = local_path(spec)
     if os.path.isdir(path):  # False, not an error, for a name that no folder can have
+        if is_prepared(path):
+            raise DataError(f"{spec} holds prepared blocks, not text; pretrain and compare take it as their data")
         files = [scan_file(found, found.relative_to(path).as_posix()) for found in find_files(path)]
         files = [file for file in files if file.size > 0 or file.problem]
         if not files:

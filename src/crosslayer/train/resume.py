@@ -46,6 +46,8 @@ FIXED_TRAINING_FIELDS = {
 }
 """Training fields that stay as they were, and why."""
 
+FIXED_BY_STREAMS = {"dataloader_num_workers": "every worker reads a part of the stream"}
+
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """Of them those that, with the number of processes, make up the rows of a step."""
 
@@ -101,14 +103,21 @@ def _is_same_place(one: Any, other: Any) -> bool:
 
 
 def changes_of_training(
-    now: "TrainingArguments", earlier: "TrainingArguments", output_dir: Path, rows: tuple[int, int] | None = None
+    now: "TrainingArguments",
+    earlier: "TrainingArguments",
+    output_dir: Path,
+    rows: tuple[int, int] | None = None,
+    *,
+    streaming: bool = False,
 ) -> list[str]:
     """The training fields that differ, as "name=value (was value)". Raises ConfigError for those that must not.
 
     Args:
         rows: rows that a step takes now and took before, in all processes. Where these are equal, rows are the same
             however processes, their batches and accumulation divide them.
+        streaming: every process, and every worker of its loader, reads a part of its own.
     """
+    fixed = FIXED_TRAINING_FIELDS | (FIXED_BY_STREAMS if streaming else {})
     if rows is not None and rows[0] != rows[1]:
         raise ConfigError(
             f"{output_dir} cannot be resumed with steps of {rows[0]} rows, they were of {rows[1]}: choose "
@@ -119,9 +128,9 @@ def changes_of_training(
     values, were = now.to_dict(), earlier.to_dict()
     differ = [name for name in values if name not in _UNSAID and values[name] != were.get(name)]
     problems = [
-        f"{name}={values[name]!r}, was {were[name]!r}: {FIXED_TRAINING_FIELDS[name]}"
+        f"{name}={values[name]!r}, was {were[name]!r}: {fixed[name]}"
         for name in differ
-        if name in FIXED_TRAINING_FIELDS and name not in may_differ
+        if name in fixed and name not in may_differ
     ]
     has_state = any(kind in str(run["lr_scheduler_type"]) for kind in _WITH_STATE for run in (values, were))
     problems += [

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -23,6 +23,7 @@ from ..crnet import crnet_config
 from ..data import DataStatistics, PreparedData, document_end_id, document_start_id, padding_id, prepare_data
 from ..data.files import printable
 from ..data.fit import check_special_tokens, ids_needed
+from ..data.stream import TrainingStream
 from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, CrossLayerError, TrainingError
 from ..loading import MODEL_FOLDER, has_model, load_saved
@@ -57,7 +58,7 @@ from .run_folder import (
     read_json,
     write_json,
 )
-from .stream import Passes
+from .stream import Passes, check_streaming
 from .trainer import PretrainTrainer
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def make_plan(
 ) -> Plan:
     """What a run with this recipe and these data would do. Raises ConfigError where it would take no step."""
     tokens_per_step = rows_per_step(recipe, arguments) * recipe.data.block_size
-    blocks = len(prepared.train) if hasattr(prepared.train, "__len__") else None
+    blocks = None if isinstance(prepared.train, TrainingStream) else len(prepared.train)
     steps = arguments.max_steps
     if steps <= 0:
         if blocks is None:
@@ -247,6 +248,8 @@ def pretrain(
     arguments = build_arguments(recipe, output_dir)
     recipe.parallel.check(shape, arguments.world_size)
     recipe.optimizer.check(arguments, recipe.monitor.on_nonfinite)
+    if recipe.data.streaming:
+        check_streaming(arguments)
     changes = _check_resumption(recipe, arguments, output_dir) if resume else []
 
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
@@ -266,7 +269,10 @@ def pretrain(
     if finished is not None:
         tell_changes(changes, f"{output_dir} has taken all its steps; not applied")
         return finished
-    checkpoint = find_checkpoint(arguments, output_dir, plan.steps, resume_from, any_processes=True) if resume else None
+    checkpoint = None
+    if resume:  # of a stream each process has read a part of its own
+        any_processes = not recipe.data.streaming
+        checkpoint = find_checkpoint(arguments, output_dir, plan.steps, resume_from, any_processes=any_processes)
     check_form(checkpoint, recipe.parallel)
     tell_changes(changes, f"{output_dir} goes on with other settings than it was begun with")
 
@@ -289,7 +295,9 @@ def _check_resumption(recipe: Recipe, arguments: "TrainingArguments", output_dir
     changes = check_same_run(now, earlier, ("model", "data"), output_dir, has_fingerprints)
     before = build_arguments(began, output_dir)
     begun_with = read_json(output_dir / RUN_FILE)["plan"]["tokens_per_step"] // began.data.block_size
-    changes += changes_of_training(arguments, before, output_dir, (rows_per_step(recipe, arguments), begun_with))
+    streaming = recipe.data.streaming
+    rows = None if streaming else (rows_per_step(recipe, arguments), begun_with)
+    changes += changes_of_training(arguments, before, output_dir, rows, streaming=streaming)
     return changes + [
         change
         for section in ("parameter_groups", "optimizer", "parallel", "monitor")
@@ -303,8 +311,8 @@ def fingerprints_of(prepared: PreparedData) -> dict[str, str]:
         "tokenizer": tokenizer_fingerprint(prepared.tokenizer),
         "validation data": fingerprint_of_blocks(prepared.validation),
     }
-    if hasattr(prepared.train, "__len__"):
-        found["training data"] = fingerprint_of_blocks(cast("Dataset", prepared.train))
+    if not isinstance(prepared.train, TrainingStream):
+        found["training data"] = fingerprint_of_blocks(prepared.train)
     return found
 
 
@@ -331,7 +339,7 @@ def _make_trainer(
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
-        train_dataset=prepared.train if plan.train_blocks is not None else Passes(prepared.train),
+        train_dataset=training_rows(prepared.train, arguments),
         eval_dataset=prepared.validation,
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
@@ -344,6 +352,11 @@ def _make_trainer(
         health_file=output_dir / HEALTH_FILE,
     )
     return trainer, facts
+
+
+def training_rows(train: "Dataset | TrainingStream", arguments: "TrainingArguments") -> "Dataset | Passes":
+    """What the Trainer takes: blocks, or passes over a stream of them."""
+    return Passes(train, arguments.train_batch_size) if isinstance(train, TrainingStream) else train
 
 
 def _train(trainer: PretrainTrainer, facts: RunFacts, output_dir: Path, checkpoint: Path | None) -> RunReport:

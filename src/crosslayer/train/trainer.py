@@ -30,6 +30,7 @@ from .progress import LogLines, Progress
 from .sampler import LengthGroups
 from .sharded import ShardWriter, has_shards, load_optimizer, load_weights
 from .stopping import StopEarly
+from .stream import StreamTrainer
 
 _OF_GROUPS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 """Settings of parameter groups that a resumed run may change; the rate comes from the schedule."""
@@ -303,8 +304,8 @@ class SafeTrainer(Trainer):
         return f"the last good checkpoint is {checkpoint} (go on from it with --resume)"
 
 
-class PretrainTrainer(SafeTrainer):
-    """SafeTrainer with five differences, each in one method.
+class PretrainTrainer(StreamTrainer, SafeTrainer):
+    """SafeTrainer, for streams too, with five differences, each in one method.
 
     - `create_optimizer`: learning-rate factors and weight decay by kind of parameter;
     - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
