@@ -32,6 +32,7 @@ RUN = {
     "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --resume": f"{SMALL} --max_steps 2",
     "crosslayer prepare --recipe crnet_5m_text --data ./my_texts --output ready --workers 2": "",
     "crosslayer pretrain --recipe crnet_5m_text --data ready": f"{SMALL} --max_steps 1 --output_dir runs/ready",
+    "crosslayer export runs/crnet_5m_text --output_dir model": "",
     "crosslayer evaluate runs/crnet_5m_text --data ./other_texts --part all": "",
     "crosslayer generate runs/crnet_5m_text --prompt 'Once upon a time'": "--max_new_tokens 8",
     "crosslayer analyze runs/crnet_5m_text": "--max_tokens 4096 --positions q",
@@ -60,6 +61,18 @@ NOT_RUN = {
     "crosslayer pretrain --recipe crnet_1b_c4 --dry-run": HUB,
     "torchrun --nproc_per_node 8 -m crosslayer pretrain --recipe crnet_1b_c4": HUB,
     "accelerate launch -m crosslayer pretrain --recipe crnet_1b_c4": HUB,
+    "torchrun --standalone --nproc_per_node 8 -m crosslayer pretrain --recipe crnet_1b_c4 --fsdp_size -1": HUB,
+    "torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 -m crosslayer pretrain "
+    "--recipe crnet_7b_c4 --fsdp_size 8 --tensor_parallel 2": HUB,
+    "accelerate launch --num_processes 8 -m crosslayer pretrain --recipe crnet_1b_c4 --fsdp_size 8": HUB,
+    "torchrun --standalone --nproc_per_node 8 -m crosslayer finetune --model meta-llama/Llama-3.1-8B "
+    "--task instruction --data answers.jsonl --fsdp_size -1": HUB,
+    "torchrun --nproc_per_node 4 -m crosslayer pretrain --recipe crnet_1b_c4 --fsdp_size 4 "
+    "--per_device_train_batch_size 8": HUB,
+    "torchrun --nproc_per_node 2 -m crosslayer pretrain --recipe crnet_1b_c4 --fsdp_size 2 "
+    "--per_device_train_batch_size 16 --resume": HUB,
+    "crosslayer pretrain --recipe crnet_7b_c4 --recompute invert --gradient_release true --max_grad_norm 0 "
+    "--gradient_accumulation_steps 1 --optim adamw_bnb_8bit --dtype bfloat16": HUB,
     "crosslayer finetune --model FacebookAI/roberta-base --task sst2 --method lor2c --output_dir runs/sst2": HUB,
     "crosslayer analyze meta-llama/Meta-Llama-3-8B --dtype bfloat16 --device cuda --data hf:allenai/c4:en "
     "--split validation --max_tokens 65536 --block_size 512 --gram_memory 8G": HUB,
@@ -71,6 +84,7 @@ NOT_RUN = {
     "crosslayer plan --model llama_7b --gpus 64 --tensor-parallel 2 --fsdp 32 --micro-batch 1": OTHERS,
     "crosslayer plan --model llama_13b --gpus 64 --device a100 --network 3GB --no-overlap --all": OTHERS,
     "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --resume_from 2000 --learning_rate 1e-3": OTHERS,
+    "crosslayer export runs/crnet_5m_text --output_dir earlier --step 4000 --dtype bfloat16": OTHERS,
     "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz --max_steps 500": OTHERS,
     "crosslayer compare --recipe crnet_2m_text --data FILE --validation_data FILE --tuning_runs 16 --tuning_steps 250 "
     "--validation_blocks 148 --workers 2 --use_cpu": OTHERS,

@@ -175,7 +175,7 @@ def test_values_that_make_no_sense_after_an_option(options, message):
         ({"model": {"hiden_size": 8}}, {}, "model.hiden_size is not a field of a recipe; the nearest is hidden_size"),
         ({"modle": {}}, {}, "modle is not a field of a recipe; the nearest is model"),
         ({}, {"learning_rat": 1}, "learning_rat is not a field of a recipe; the nearest is learning_rate"),
-        ({}, {"optimizer.rank": 1}, "optimizer.rank is not a field of a recipe; the nearest is rank"),
+        ({}, {"optimiser.rank": 1}, "optimiser.rank is not a field of a recipe; the nearest is rank"),
         ({"training": {"max_steps": "many"}}, {}, "training.max_steps='many' is not a whole number"),
         ({"data": {"block_size": 2.5}}, {}, "data.block_size=2.5 is not a whole number"),
         ({"data": {"skip_bad": "yes please"}}, {}, "data.skip_bad='yes please' is not true or false"),

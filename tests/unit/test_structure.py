@@ -209,13 +209,15 @@ def lacks(function):
             yield "a hint of what it returns"
 
 
-PUBLIC = [module_name(p) for p in modules() if p.stem != "__main__" and not p.is_relative_to(ROOT / "crnet")]
+PUBLIC = [module_name(p) for p in modules() if p.stem != "__main__"]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_is_public_says_what_it_is(name):
+    """In crnet/, where letters stand for tensors, docstrings give the shapes, and not every letter has a hint."""
     found = public_functions(importlib.import_module(name))
-    assert not [f"{what} lacks {missing}" for what, function in found for missing in lacks(function)]
+    missing = [f"{what} lacks {each}" for what, function in found for each in lacks(function)]
+    assert not [line for line in missing if ".crnet." not in name or line.endswith("a docstring")]
 
 
 def test_the_check_of_docstrings_can_fail():

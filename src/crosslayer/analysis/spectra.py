@@ -446,11 +446,4 @@ def _compare(
             found.squares[kind] = eigenvalues(terms)
 
 
-__all__ = [
-    "KINDS",
-    "LinearSpectra",
-    "Spectra",
-    "SymmetricGram",
-    "measure_spectra",
-    "plan_passes",
-]
+__all__ = ["KINDS", "LinearSpectra", "Spectra", "SymmetricGram", "measure_spectra", "plan_passes"]

@@ -92,6 +92,7 @@ class PartPacker(DocumentPacker):
     """Packs files of tokens, as its base packs texts."""
 
     def tokens_of(self, batch: dict[str, list[str]]) -> Iterator[Tokens]:
+        """Of each file of a batch ("part")."""
         return map(_read_part, batch["part"])
 
 

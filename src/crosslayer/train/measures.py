@@ -44,6 +44,7 @@ class Throughput(TrainerCallback):
         self.seconds += time.perf_counter() - self._step_started
 
     def metrics(self, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
+        """tokens_per_s of all processes since the last call, and mfu where the device's peak is known."""
         if not self.seconds:
             return {}
         tokens_per_s = self.tokens / self.seconds
