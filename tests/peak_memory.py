@@ -22,6 +22,11 @@ def make_step(model, ids, optimizer=None, dtype=None):
 
 def allocated_peak(step) -> int:
     """Most bytes that the allocator had handed out at once during the step, beyond what there was before."""
+    return allocated(step)[0]
+
+
+def allocated(step) -> tuple[int, int]:
+    """(peak, what is left) of the bytes that the allocator hands out during a step."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -30,7 +35,7 @@ def allocated_peak(step) -> int:
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    return peak
+    return peak, now
 
 
 def tracked_peak(model, optimizer, step) -> dict[str, int]:

@@ -269,3 +269,30 @@ def test_eight_bit_adamw(script):
     optimizer.step()
     states = [v for k, v in optimizer.state[parameter].items() if torch.is_tensor(v) and not k.startswith("qmap")]
     assert sum(state.nbytes for state in states) == seven.STATE_BYTES * parameter.numel()
+
+
+# long runs
+
+
+def test_soak_tells_what_grows_from_what_does_not(script):
+    trend = script("soak").trend
+    flat = [(float(second), 10**9 + second % 7 * 10**5) for second in range(600)]
+    assert abs(trend(flat)) < 1e-3
+    assert trend([(second, size + 10**5 * second) for second, size in flat]) > 0.04
+
+
+def test_kills_tell_a_run_that_ended_otherwise(script, tmp_path):
+    from safetensors.torch import save_file
+
+    kills = script("kills")
+    runs = [kills.Run(tmp_path / "recipe.yaml", tmp_path / name, 1) for name in ("one", "other")]
+    for run in runs:
+        (run.folder / "model").mkdir(parents=True)
+        save_file({"a": torch.ones(2)}, run.folder / "model" / "model.safetensors")
+        content = {"history": [{"step": 2, "loss": 1.5}], "after": {"loss": 1.0}}
+        (run.folder / "report.json").write_text(json.dumps(content))
+    assert kills.differences(*runs) == []
+    save_file({"a": torch.tensor([1.0, 1.0 + 1e-6])}, runs[0].folder / "model" / "model.safetensors")
+    content["history"].append({"step": 2, "loss": 1.5})
+    (runs[0].folder / "report.json").write_text(json.dumps({**content, "after": {"loss": 1.1}}))
+    assert kills.differences(*runs) == ["a loss twice", "final loss", "a"]

@@ -24,7 +24,7 @@ from crosslayer.accounting import (
 )
 from crosslayer.accounting.memory import method_of
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
-from peak_memory import allocated_peak, make_step
+from peak_memory import allocated, allocated_peak, make_step
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +139,16 @@ def peak_of(folder, split, fields):
     return allocated_peak(step)
 
 
+def left_of(folder, syncs):
+    """Bytes that are there after a micro-batch under FSDP that is not the last one: its gradients."""
+    model = load(folder, "wide_none", SPLITS["fsdp"])
+    step = make_step(model, torch.randint(3, WIDE["vocab_size"], (2, 16)))
+    step()
+    model.zero_grad()
+    model.set_requires_gradient_sync(syncs)
+    return allocated(step)[1]
+
+
 def worker(rank, folder):
     """The first two processes, then all four, since starting them costs more than the steps."""
     torch.set_num_threads(1)
@@ -149,6 +159,7 @@ def worker(rank, folder):
         cases = [case for case in CASES if SPLITS[case[0]].devices == world]
         found = {case: counted(folder, *case) for case in cases}
         if world == 2:
+            found["left"] = {syncs: left_of(folder, syncs) for syncs in (False, True)}
             found["peaks"] = {case: peak_of(folder, *case) for case in PEAKS}
         if rank == 0:
             torch.save(found, f"{folder}/{world}.pt")
@@ -213,6 +224,21 @@ def test_the_peak_of_a_device_is_what_arithmetic_says(found, split, fields):
     planned = sum(size for part, size in parts.items() if part not in ("weights", "optimizer"))
     most = 1.2 if (split, fields) == ("tensor", "cola") else 1.08
     assert 0.95 <= planned / found["peaks"][split, fields] <= most
+
+
+@pytest.mark.parametrize("reduces", [False, True])
+def test_gradients_of_earlier_micro_batches(found, reduces):
+    """Whole on every device where FSDP waits with their reduction, as the Trainer has it do by default."""
+    config = config_of("none", WIDE)
+    step = Step(sequence=16, accumulates=True, reduces_each_batch=reduces, sharding=SPLITS["fsdp"])
+    gradients = estimate_memory(config, step)["gradients"]
+    assert gradients == count_parameters_of(config) * 4 / (2 if reduces else 1)
+    buffer = 4 * WIDE["vocab_size"] * WIDE["hidden_size"]  # of the last reduction: it may be there before or after
+    assert abs(found["left"][reduces] - gradients) <= 0.02 * gradients + buffer, found["left"]
+
+
+def count_parameters_of(config):
+    return sum(count_parameters(config).values())
 
 
 def test_counts_tell_policies_apart(found):

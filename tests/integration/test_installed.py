@@ -51,6 +51,9 @@ NOT_RUN = {
     "make test": CHECKOUT,
     "python benchmarks/memory.py": CHECKOUT,
     "python benchmarks/memory.py --sections speed kept_heap bf16 --redo --threads 1": CHECKOUT,
+    "python benchmarks/kills.py --kills 50": CHECKOUT,
+    "python benchmarks/resume_memory.py": CHECKOUT,
+    "python benchmarks/soak.py --hours 1": CHECKOUT,
     "python benchmarks/gpu.py": CHECKOUT,
     "python benchmarks/seven_billion.py": CHECKOUT,
     "python benchmarks/seven_billion.py --expect": CHECKOUT,
@@ -67,6 +70,7 @@ NOT_RUN = {
     "crosslayer plan --model llama_7b --gpus 64 --sequence 4096 --tokens-per-step 4M": OTHERS,
     "crosslayer plan --model llama_7b --gpus 64 --tensor-parallel 2 --fsdp 32 --micro-batch 1": OTHERS,
     "crosslayer plan --model llama_13b --gpus 64 --device a100 --network 3GB --no-overlap --all": OTHERS,
+    "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --resume_from 2000 --learning_rate 1e-3": OTHERS,
     "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz --max_steps 500": OTHERS,
     "crosslayer compare --recipe crnet_2m_text --data FILE --validation_data FILE --tuning_runs 16 --tuning_steps 250 "
     "--validation_blocks 148 --workers 2 --use_cpu": OTHERS,

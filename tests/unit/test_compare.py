@@ -228,6 +228,14 @@ def test_a_missing_package_is_named(monkeypatch):
         Options(methods=("galore",))
 
 
+def test_a_time_limit_is_for_one_run(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    recipe.monitor.max_hours = 1.0
+    with pytest.raises(ConfigError, match=r"monitor\.max_hours=1 would end runs of a comparison early"):
+        compare(recipe, Options(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_number_of_steps(tmp_path):
     recipe = tiny_recipe(tmp_path)
     del recipe.training["max_steps"]

@@ -19,6 +19,7 @@ from crosslayer.train import build_finetune_recipe, build_recipe
 from crosslayer.train.finetune import finetune
 from crosslayer.train.monitor import Monitor, SpikeScore, StepMonitor
 from crosslayer.train.run import pretrain
+from crosslayer.train.stopping import StopEarly
 from crosslayer.train.trainer import PretrainTrainer, SafeTrainer
 from tiny_run import tiny_content
 
@@ -107,16 +108,16 @@ def test_a_step_is_left_out(root, tmp_path, monkeypatch, what, settings):
     spoil(monkeypatch, what, {7})
     snapshots = Snapshots(7)
     with_callback(monkeypatch, snapshots)
-    settings = {**settings, "weight_decay": 0.1, "logging_steps": 1}
+    settings = {**settings, "max_steps": 9, "weight_decay": 0.1, "logging_steps": 1, "save_strategy": "no"}
     report = pretrain(recipe_of(root, {"on_nonfinite": "skip"}, **settings), tmp_path / "run")
     before, after = snapshots.taken
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    assert report.steps == 12
+    assert report.steps == 9
     assert report.skipped_steps == [7]
     assert ("steps left out", "1, not finite") in report.rows()
     lines = {line["step"]: line for line in report.history if "learning_rate" in line}
-    assert set(lines) | {7} == set(range(1, 13))
-    assert [line.get("skipped_steps") for line in lines.values()] == [None] * 6 + [1] * 6
+    assert set(lines) | {7} == set(range(1, 10))
+    assert [line.get("skipped_steps") for line in lines.values()] == [None] * 6 + [1] * 3
     assert "loss" not in lines[7]
     assert "grad_norm" not in lines[7]
     rates = [lines[step]["learning_rate"] for step in (6, 7, 8)]
@@ -134,7 +135,7 @@ def test_the_check_of_the_snapshots_can_fail(root, tmp_path, monkeypatch):
 
 def test_the_logged_loss_is_the_mean_of_the_steps_that_count(root, tmp_path, whole, monkeypatch):
     """Steps 3 and 4 are logged together; 4 is left out."""
-    single = pretrain(recipe_of(root, logging_steps=1, max_steps=12), tmp_path / "single").history
+    single = pretrain(recipe_of(root, logging_steps=1), tmp_path / "single").history
     third = next(line["loss"] for line in single if line.get("step") == 3)
     spoil(monkeypatch, "loss", {4})
     report = pretrain(recipe_of(root, {"on_nonfinite": "skip"}), tmp_path / "run")
@@ -306,6 +307,15 @@ def test_a_time_limit(root, tmp_path):
         pretrain(recipe_of(root, {"max_hours": 1e-9}), tmp_path / "run")
     resumed = pretrain(recipe_of(root, {"max_hours": 10}, max_steps=4), tmp_path / "run", resume=True)
     assert resumed.steps == 4
+
+
+def test_only_a_run_that_says_so_stops():
+    """A plain `train` would return as if it had taken all its steps."""
+    stopping = StopEarly(max_hours=1e-9)
+    assert not stopping.is_asked()
+    with stopping.listening():
+        assert stopping.is_asked()
+    assert not stopping.is_asked()
 
 
 def test_finetuning_stops_within_an_epoch(tmp_path, monkeypatch):

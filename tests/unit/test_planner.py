@@ -203,18 +203,16 @@ def test_recipe_lines_build(tmp_path):
         assert lines["training"]["per_device_train_batch_size"] == plan.recommended.setting.micro_batch
         base = yaml.safe_load((FOLDER / "dense_350m_c4.yaml").read_text())
         for section, fields in lines.items():
-            base[section] = {**base[section], **fields}
+            base[section] = {**base.get(section, {}), **fields}
         base["training"]["bf16"] = False
         recipe = build_recipe(base)
         config = build_model_config(recipe)
         arguments = build_arguments(recipe, tmp_path)
         assert arguments.per_device_train_batch_size == plan.recommended.setting.micro_batch
         assert config.factorization == lines["model"]["factorization"]
-    shared = make_plan("llama_7b", **ISSUE, tensor_parallel=2, beside=()).recommended
-    assert shared.recipe["parallel"] == {"fsdp_size": shared.setting.fsdp, "tensor_parallel": 2}
-    assert build_recipe(
-        {**base, **{k: {**base.get(k, {}), **v} for k, v in shared.recipe.items()}}
-    ).parallel == Parallel(fsdp_size=shared.setting.fsdp, tensor_parallel=2)
+    shared = make_plan("llama_7b", **ISSUE, tensor_parallel=2, fsdp=2, beside=()).recommended
+    assert shared.recipe["parallel"] == {"fsdp_size": 2, "tensor_parallel": 2}
+    assert Parallel(**shared.recipe["parallel"]).distributed_config(8).dp_replicate_size == shared.setting.replicas
     galore = make_plan("llama_350m", "galore", **ISSUE, beside=()).recommended.recipe["training"]
     assert galore["optim"] == "galore_adamw"
     assert make_plan("llama_350m", "lor2c", **ISSUE, beside=()).recommended.recipe == {}
@@ -279,7 +277,7 @@ BAD = [
             "the smallest setting",
             "needs",
             "reversible",
-            "give 8 gpus, tensor_parallel=1, fsdp=8",
+            "give 16 gpus, tensor_parallel=1, fsdp=16",
         ],
     ),
 ]

@@ -129,6 +129,8 @@ class _Sizes:
         self.counts = count_parameters(shape)
         p, s = step.precision, step.sharding
         self.shards = s.fsdp
+        whole = step.accumulates and not step.reduces_each_batch and s.replicas == 1
+        self.gradient_shards = 1 if whole else s.fsdp
         self.carry = p.at_least_float32
         vocabulary = shape.vocab_size * shape.hidden_size / s.tensor
         self.in_layer = shape.of_layers(lambda layer: count_local_parameters(shape, layer, s.tensor))
@@ -173,14 +175,14 @@ class _Sizes:
 
     def _gradient(self, parameters: float) -> float:
         frozen = self.method.adapter is not None
-        return 0.0 if frozen else parameters * self.step.precision.gradients / self.shards
+        return 0.0 if frozen else parameters * self.step.precision.gradients / self.gradient_shards
 
     def gradients_of(self, layer: int) -> float:
         if self.method.adapter is not None or self.method.optimizer == "relora":
             frozen = 0.0 if self.method.adapter is not None else count_layer_parameters(self.shape, layer)["full_rank"]
             own = 0.0 if self.method.adapter is not None else self.in_layer[layer] - frozen
             added = self._added_parameters() / self.layers
-            return (own + added) * self.step.precision.gradients / self.shards
+            return (own + added) * self.step.precision.gradients / self.gradient_shards
         return self._gradient(self.in_layer[layer])
 
     def cast_weights(self, layer: int) -> float:

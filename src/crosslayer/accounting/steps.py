@@ -46,8 +46,7 @@ class Sharding:
     Args:
         replicas: copies of the model beside one another; DDP, which holds a second copy of the gradients in its
             buckets where `fsdp` is 1.
-        fsdp: devices that share weights, gradients and states (ZeRO-3, arXiv 1910.02054; FSDP2). Gradients are reduced
-            after every micro-batch (`sync_each_batch`), which is what keeps them shared.
+        fsdp: devices that share weights, gradients and states (ZeRO-3, arXiv 1910.02054; FSDP2).
         tensor: devices that split each layer by layout R (crnet/tensor_parallel.py), dense models by Megatron's
             (arXiv 1909.08053); norms, hidden states, rank-r products and logits stay whole on each.
     """
@@ -83,6 +82,8 @@ class Step:
         fused_optimizer: AdamW updates in place (`adamw_torch_fused`, the Trainer's default); otherwise one more copy of
             the parameters passes by.
         accumulates: gradients of earlier micro-batches are there already.
+        reduces_each_batch: FSDP reduces gradients after every micro-batch (`sync_each_batch`); otherwise those of
+            earlier ones are whole on every device, unless there are replicas.
         releases_gradients: the optimizer steps within the backward, so that only one block's gradients are there.
     """
 
@@ -94,6 +95,7 @@ class Step:
     fused_norms: bool = True
     fused_optimizer: bool = True
     accumulates: bool = False
+    reduces_each_batch: bool = True
     releases_gradients: bool = False
 
     @property

@@ -59,6 +59,11 @@ def compare(
     steps = recipe.training.get("max_steps", -1)
     if steps < 1:
         raise ConfigError("training.max_steps is missing: methods are compared after the same number of steps")
+    if recipe.monitor.max_hours is not None:
+        raise ConfigError(
+            f"monitor.max_hours={recipe.monitor.max_hours:g} would end runs of a comparison early; leave it out (a "
+            "comparison that is ended goes on with --resume)"
+        )
     recipes = {name: recipe_of(name, recipe) for name in options.methods}
     use_cuda = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
     threads = torch.get_num_threads()

@@ -126,6 +126,7 @@ def run_once(job: Job, folder: Path) -> RunResult:
             processing_class=prepared.tokenizer,
             data_collator=default_data_collator,
             parameter_groups=recipe.parameter_groups,
+            monitor=recipe.monitor,
             block_size=recipe.data.block_size,
         )
         trainer.add_callback(clock)

@@ -33,6 +33,7 @@ def training_step(recipe: "Recipe", arguments: "TrainingArguments") -> Step:
     """One micro-batch on one device, as the Trainer runs our models (fused loss; weights of the model's dtype)."""
     half = arguments.bf16 or arguments.fp16
     weights = getattr(torch, recipe.model.get("dtype") or "float32").itemsize
+    accumulation = arguments.accelerator_config.gradient_accumulation_kwargs or {}
     mesh = recipe.parallel.distributed_config(arguments.world_size)
     return Step(
         sequence=recipe.data.block_size,
@@ -42,6 +43,7 @@ def training_step(recipe: "Recipe", arguments: "TrainingArguments") -> Step:
         fused_norms=arguments.device.type == "cuda",
         fused_optimizer="fused" in str(getattr(arguments.optim, "value", arguments.optim)),
         accumulates=arguments.gradient_accumulation_steps > 1,
+        reduces_each_batch=bool(accumulation.get("sync_each_batch")),
         releases_gradients=recipe.optimizer.gradient_release,
     )
 

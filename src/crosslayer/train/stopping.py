@@ -30,6 +30,7 @@ class StopEarly(TrainerCallback):
         self.started = time.monotonic()
         self.reason: str | None = None
         self.is_stopping = False  # agreed among the processes
+        self._can_stop = False
         self._evaluates_at_start = False
 
     def count_from(self, started: float) -> None:
@@ -38,17 +39,16 @@ class StopEarly(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """In here the signals are requests, in the main thread of a process; forked workers leave them to it."""
+        """In here a run can be asked to stop. Signals need the main thread of a process, and forked workers leave them
+        to it."""
         global _is_listening
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {each: signal.signal(each, self._on_signal) for each in SIGNALS}
-        _is_listening = True
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        before = {each: signal.signal(each, self._on_signal) for each in SIGNALS if is_main_thread}
+        self._can_stop, _is_listening = True, is_main_thread
         try:
             yield
         finally:
-            _is_listening = False
+            self._can_stop, _is_listening = False, False
             for each, handler in before.items():
                 signal.signal(each, handler)
 
@@ -57,6 +57,8 @@ class StopEarly(TrainerCallback):
 
     def is_asked(self) -> bool:
         """Whether this process has been asked to stop."""
+        if not self._can_stop:
+            return False
         if self.max_hours is not None and time.monotonic() >= self.started + 3600 * self.max_hours:
             self.reason = self.reason or f"max_hours={self.max_hours:g}"
         return self.reason is not None
