@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -11,7 +12,7 @@ from transformers import TrainingArguments
 from crosslayer.data import prepare_data
 from crosslayer.data.split import goes_to_validation, text_digest
 from crosslayer.errors import CheckpointError, ConfigError, DataError
-from crosslayer.train.stream import Passes, check_streaming
+from crosslayer.train.stream import Passes, check_streaming, data_process
 from streams import documents_of, rows_by_worker, stream_config, write_shards
 
 
@@ -179,6 +180,16 @@ def test_a_lost_position_is_said(prepared, tmp_path):
     passes = Passes(prepared(1)[1].train, 4)
     with pytest.raises(CheckpointError, match=r"stream_0\.json cannot be read"):
         passes.load(tmp_path, 0)
+
+
+def test_tensor_parallel_processes_read_the_same():
+    shared = SimpleNamespace(non_data_parallel_size=2)
+    found = [
+        data_process(SimpleNamespace(process_index=p, num_processes=4, parallelism_config=shared)) for p in range(4)
+    ]
+    assert found == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    alone = SimpleNamespace(process_index=3, num_processes=4, parallelism_config=None)
+    assert data_process(alone) == (3, 4)
 
 
 @pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
