@@ -15,6 +15,7 @@ from typing import Any
 
 from ..crnet.policies import POLICIES_OF
 from ..errors import ConfigError
+from .changes import SPLIT, can_release, changed_requests, changes_between, in_words, optimized
 from .communication import AXES, Links, count_collectives, step_seconds
 from .devices import find_device
 from .flops import Operations, count_operations, optimizer_operations
@@ -45,6 +46,7 @@ def make_plan(
     tokens_per_step: float = 1e6,
     tokens: float | None = None,
     beside: Iterable[str] = ("dense", "cola", "galore"),
+    add_gpus: bool = False,
     name: str | None = None,
     **request: Any,
 ) -> MemoryPlan:
@@ -62,10 +64,13 @@ def make_plan(
             adapters) by default.
         tokens: budget; 20 per parameter of the dense model by default.
         beside: other methods to plan for in the same place.
+        add_gpus: plan for more devices where nothing else makes it fit.
         request: further fields of `Request`.
 
-    Raises ConfigError for an unknown model, method or device, for a rank that does not fit, and when nothing fits: the
-    message says what the smallest setting needs.
+    Where nothing fits as asked the plan is made with the fewest changes on the same devices with which something does
+    (changes.py); `MemoryPlan.changes` has them. Raises ConfigError for an unknown model, method or device, for a rank
+    that does not fit, and when these do not help either: the message says what the smallest setting needs, and what
+    would.
     """
     base = named_shape(model) if isinstance(model, str) else Shape.of(model)
     chosen = find_device(device or "h100")
@@ -85,7 +90,11 @@ def make_plan(
         **request,
     )
     shape, candidates = _candidates(base, method, rank)
+    _check_optimizer(method, shape, candidates[0], asked)
     settings = list_settings(shape, candidates, asked)
+    needed = min(setting.peak_bytes for setting in settings) / (1 - asked.reserve)
+    wanted, asked = asked, _fitting_request(shape, candidates, settings, asked, add_gpus)
+    settings = settings if asked == wanted else list_settings(shape, candidates, asked)
     recommended = recommend(method, shape, candidates, settings, asked)
     others: dict[str, Recommendation | str] = {}
     for other in beside:
@@ -103,6 +112,8 @@ def make_plan(
         rank=_rank_of(shape, candidates[0], rank),
         parameters=sum(count_parameters(shape).values()),
         trainable=count_trainable(shape, candidates[0]),
+        changes=changes_between(wanted, asked),
+        needed_bytes=needed,
         device=chosen.name,
         peak_flops=asked.peak_flops,
         utilisation=asked.utilisation,
@@ -131,6 +142,7 @@ def policies_of(factorization: str, layers: int) -> list[Method]:
 
 def list_settings(shape: Shape, candidates: list[Method], request: Request) -> list[Setting]:
     """Every split and policy with micro-batches 1, 2, 4, ..., up to the first that does not fit."""
+    candidates = [optimized(method, request) for method in candidates]
     return [
         setting
         for sharding in list_splits(shape, candidates[0], request)
@@ -155,13 +167,16 @@ def _micro_batches(shape: Shape, method: Method, request: Request, sharding: Sha
 
 def make_setting(shape: Shape, method: Method, request: Request, sharding: Sharding, micro_batch: int) -> Setting:
     """One way to run a step, with its memory, operations, communication and time."""
-    accumulation = max(1, round(request.tokens_per_step / (sharding.data * request.sequence * micro_batch)))
+    releases = request.gradient_release and can_release(shape, method)
+    share = request.tokens_per_step / (sharding.data * request.sequence * micro_batch)
+    accumulation = 1 if releases else max(1, round(share))
     step = Step(
         sequence=request.sequence,
         micro_batch=micro_batch,
         precision=PRECISIONS[request.precision],
         sharding=sharding,
         accumulates=accumulation > 1,
+        releases_gradients=releases,
     )
     memory = estimate_memory(shape, step, method)
     operations = count_operations(shape, request.sequence, method, tokens=step.tokens)
@@ -238,7 +253,7 @@ def recommend(
         raise ConfigError(
             f"{method} does not fit in {show_bytes(request.gpu_memory)} on each of {request.gpus}: the smallest "
             f"setting (recompute {smallest.label}, micro-batch {smallest.micro_batch}{_split_in_words(smallest)}) "
-            f"needs {show_bytes(needed)} with {request.reserve:.0%} in reserve; {_change(shape, candidates, request)}"
+            f"needs {show_bytes(needed)} with {request.reserve:.0%} in reserve; {_advice(shape, candidates, request)}"
         )
     return Recommendation(
         method=method,
@@ -254,17 +269,51 @@ def _split_in_words(setting: Setting) -> str:
     return "".join(f", {name}={size}" for name, size in axes if size > 1)
 
 
-def _change(shape: Shape, candidates: list[Method], request: Request) -> str:
-    """The least that would make room: another split or batch of the same devices, more of them, or none of these."""
-    for gpus in (request.gpus * 2**power for power in range(11)):
-        tokens = max(request.tokens_per_step, request.sequence * gpus)
-        changed = replace(request, gpus=gpus, tokens_per_step=tokens, tensor_parallel=None, fsdp=None, micro_batch=1)
-        found = fastest(list_settings(shape, candidates, changed))
-        if found is not None:
-            devices = "" if gpus == request.gpus else f"{gpus} gpus, "
-            split = f"tensor_parallel={found.tensor_parallel}, fsdp={found.fsdp}"
-            return f"give {devices}{split} and micro_batch=1 (recompute {found.label})"
-    return "give more memory, a shorter sequence or a smaller model: more gpus would not help"
+def _fitting_request(
+    shape: Shape, candidates: list[Method], settings: list[Setting], asked: Request, add_gpus: bool
+) -> Request:
+    """As asked where that fits or nothing would; else with the fewest changes that leave devices and split alone."""
+    if fastest(settings) is not None:
+        return asked
+    changed, _ = _cheapest(shape, candidates, asked) or (asked, None)
+    moves = changes_between(asked, changed).keys() & {"gpus", *SPLIT}
+    return asked if moves and not add_gpus else changed
+
+
+def _cheapest(shape: Shape, candidates: list[Method], asked: Request) -> tuple[Request, Setting] | None:
+    """The first changed request under which something fits, with one sequence on each device where none is given."""
+
+    def fit(changed: Request) -> Setting | None:
+        return fastest(list_settings(shape, candidates, replace(changed, micro_batch=changed.micro_batch or 1)))
+
+    for alike in changed_requests(shape, candidates[0], asked):
+        if fit(alike[-1]) is not None:
+            return next((changed, found) for changed in alike if (found := fit(changed)) is not None)
+    return None
+
+
+def _advice(shape: Shape, candidates: list[Method], asked: Request) -> str:
+    """What to give instead."""
+    cheapest = _cheapest(shape, candidates, asked)
+    if cheapest is None:
+        return "give more memory, a shorter sequence or a smaller model: more gpus would not help"
+    changed, found = cheapest
+    changes = {name: value for name, value in changes_between(asked, changed).items() if name not in SPLIT}
+    if changes and changed.gpus == asked.gpus:
+        return f"it fits with {in_words(changes)}"
+    words = f"{in_words(changes)}, " if changes else ""
+    split = f"tensor_parallel={found.tensor_parallel}, fsdp={found.fsdp}"
+    return f"give {words}{split} and micro_batch=1 (recompute {found.label})"
+
+
+def _check_optimizer(name: str, shape: Shape, trained: Method, asked: Request) -> None:
+    """Raises ConfigError for an optimizer, or a step within the backward, that the method does not have."""
+    if asked.optimizer is not None and optimized(trained, asked).optimizer != asked.optimizer:
+        raise ConfigError(f"optimizer={asked.optimizer!r}: {name} is trained by {trained.optimizer}; leave it out")
+    if asked.gradient_release and not can_release(shape, trained):
+        raise ConfigError(
+            f"gradient_release=True: it is not known for {name}, only for AdamW on all weights; leave it out"
+        )
 
 
 def _reason(best: Setting, settings: list[Setting]) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..crnet.policies import POLICIES
+from .changes import can_release, optimized
 from .methods import Method
 from .parameters import optimizer_rank
 from .plan import Request, Setting
@@ -22,6 +23,7 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
     """Lines of a recipe, by section; none for what `crosslayer pretrain` does not train (adapters, SLTrain, ReLoRA)."""
     if shape.factorization == "sltrain" or trained.adapter is not None or trained.optimizer == "relora":
         return {}
+    trained = optimized(trained, request)
     model: dict[str, Any] = {"factorization": shape.factorization}
     if shape.has_one_rank:  # otherwise the defaults, or a pattern of the given model
         model["rank"] = shape.rank
@@ -37,6 +39,8 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
             model["recompute_interval"] = best.interval
     if PRECISIONS[request.precision] == PRECISIONS["bf16_autocast"]:
         training["bf16"] = True
+    elif PRECISIONS[request.precision].weights == 2:
+        model["dtype"] = "bfloat16"
     if best.fsdp > 1 and best.replicas == 1 and best.accumulation > 1:
         # otherwise whole gradients stay on every device until the last micro-batch; between replicas they never do
         training["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
@@ -46,7 +50,14 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
             modules = (linear.position.module.partition(".")[0] for _, _, linear in shape.linears())
             training["optim_target_modules"] = list(dict.fromkeys(modules))
             training["optim_args"] = f"rank={optimizer_rank(shape, trained)}"
-    sections = {"model": model, "data": {"block_size": request.sequence}, "training": training}
+    sections: dict[str, dict[str, Any]] = {
+        "model": model,
+        "data": {"block_size": request.sequence},
+        "training": training,
+    }
+    if request.gradient_release and can_release(shape, trained):
+        training["max_grad_norm"] = 0.0
+        sections["optimizer"] = {"gradient_release": True}
     parallel = {"fsdp_size": best.fsdp, "tensor_parallel": best.tensor_parallel}
     if shared := {name: size for name, size in parallel.items() if size > 1}:
         sections["parallel"] = shared
