@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from crosslayer.train.run import build_arguments, build_model_config
 from model_cases import config_of
 from peak_memory import allocated_peak, make_step
 
+PAGE = Path(__file__).parents[2] / "docs" / "accounting.md"
 CARD = {"gpu_memory": 24e9, "sequence": 4096}
 CHANGES = ({"optimizer": "adamw_8bit"}, {"precision": "bf16"}, {"gradient_release": True})
 """In the order of the page."""
@@ -84,6 +86,12 @@ def test_seven_billion_on_24_gb():
     assert {setting.accumulation for setting in released.settings} == {1}
     beside = make_plan("llama_1b", **CARD, gradient_release=True, beside=("galore",)).beside["galore"]
     assert beside.setting.accumulation > 1, "GaLore does not step within the backward"
+
+
+def test_eight_bit_states_of_shards_are_torchaos():
+    plan = make_plan("llama_13b", **CARD, gpus=4, optimizer="adamw_8bit", beside=())
+    assert plan.recommended.setting.fsdp > 1
+    assert plan.recommended.recipe["training"]["optim"] == "adamw_torch_8bit"
 
 
 def test_recipe_lines_hold_the_changes(tmp_path):
@@ -156,8 +164,11 @@ def test_sizes_that_have_no_plan():
 
 def test_the_command_lists_sizes(run, monkeypatch):  # noqa: F811
     monkeypatch.setenv("COLUMNS", "80")
-    command = ("plan", "--gpu-memory", "24GB", "--sequence", "4096")
+    command = ("plan", "--gpu-memory", "24GB", "--device", "rtx-4090", "--sequence", "4096")
     shown = run(*command)
+    page = PAGE.read_text(encoding="utf-8").partition(" ".join(command))[2]
+    table = page.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert table == [line.rstrip() for line in shown.out.splitlines()][3 : 3 + len(table)]
     assert shown.code == 0
     assert "…" not in shown.out
     assert max(map(len, shown.out.splitlines())) <= 80

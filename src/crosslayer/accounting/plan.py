@@ -106,6 +106,8 @@ class MemoryPlan:
     links: Links
     overlap: bool
     precision: str
+    optimizer: str
+    gradient_release: bool
     sequence: int
     tokens: int
     settings: list[Setting]

@@ -93,17 +93,17 @@ def make_plan(
     _check_optimizer(method, shape, candidates[0], asked)
     settings = list_settings(shape, candidates, asked)
     needed = min(setting.peak_bytes for setting in settings) / (1 - asked.reserve)
-    wanted, asked = asked, _fitting_request(shape, candidates, settings, asked, add_gpus)
-    settings = settings if asked == wanted else list_settings(shape, candidates, asked)
-    recommended = recommend(method, shape, candidates, settings, asked)
+    used = _fitting_request(shape, candidates, settings, asked, add_gpus)
+    settings = settings if used == asked else list_settings(shape, candidates, used)
+    recommended = recommend(method, shape, candidates, settings, used)
     others: dict[str, Recommendation | str] = {}
     for other in beside:
         if other == method:
             continue
         try:
             other_shape, others_candidates = _candidates(base, other, rank)
-            of_other = list_settings(other_shape, others_candidates, asked)
-            others[other] = recommend(other, other_shape, others_candidates, of_other, asked)
+            of_other = list_settings(other_shape, others_candidates, used)
+            others[other] = recommend(other, other_shape, others_candidates, of_other, used)
         except ConfigError as error:
             others[other] = str(error)
     return MemoryPlan(
@@ -112,19 +112,21 @@ def make_plan(
         rank=_rank_of(shape, candidates[0], rank),
         parameters=sum(count_parameters(shape).values()),
         trainable=count_trainable(shape, candidates[0]),
-        changes=changes_between(wanted, asked),
+        changes=changes_between(asked, used),
         needed_bytes=needed,
         device=chosen.name,
-        peak_flops=asked.peak_flops,
-        utilisation=asked.utilisation,
-        gpus=asked.gpus,
-        gpu_memory_bytes=asked.gpu_memory,
-        usable_bytes=asked.usable,
-        links=asked.links,
-        overlap=asked.overlap,
-        precision=asked.precision,
-        sequence=asked.sequence,
-        tokens=round(asked.tokens),
+        peak_flops=used.peak_flops,
+        utilisation=used.utilisation,
+        gpus=used.gpus,
+        gpu_memory_bytes=used.gpu_memory,
+        usable_bytes=used.usable,
+        links=used.links,
+        overlap=used.overlap,
+        precision=used.precision,
+        optimizer=optimized(candidates[0], used).optimizer,
+        gradient_release=used.gradient_release,
+        sequence=used.sequence,
+        tokens=round(used.tokens),
         settings=settings,
         recommended=recommended,
         beside=others,

@@ -46,6 +46,9 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
         training["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     if trained.optimizer in _TRAINER_OPTIMIZERS:
         training["optim"] = _TRAINER_OPTIMIZERS[trained.optimizer]
+        if trained.optimizer == "adamw_8bit" and best.fsdp * best.tensor_parallel > 1:
+            # torchao's (pytorch/ao#484): bitsandbytes' reads out of bounds of shards (bitsandbytes#1633)
+            training["optim"] = "adamw_torch_8bit"
         if trained.optimizer != "adamw_8bit":
             modules = (linear.position.module.partition(".")[0] for _, _, linear in shape.linears())
             training["optim_target_modules"] = list(dict.fromkeys(modules))
