@@ -103,13 +103,12 @@ def test_recipe_lines_hold_the_changes(tmp_path):
         for section, fields in plan.recommended.recipe.items():
             base[section] = {**base.get(section, {}), **fields}
         base["training"]["use_cpu"] = True
-        base["training"].setdefault("bf16", False)
-        base["training"]["bf16"] = plan.precision != "float32"
+        base["training"]["bf16"] = True
         recipe = build_recipe(base)
         arguments = build_arguments(recipe, tmp_path)
         recipe.optimizer.check(arguments, recipe.monitor.on_nonfinite)
         config = build_model_config(recipe)
-        step = replace(training_step(recipe, arguments), fused_norms=True, fused_optimizer=True)
+        step = replace(training_step(recipe, arguments), fused_norms=True)
         assert step.releases_gradients == plan.changes.get("gradient_release", False)
         assert estimate_memory(config, step, training_method(config, arguments)) == (
             plan.recommended.setting.memory_bytes
