@@ -14,11 +14,10 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from .methods import Method
+from .methods import Method, can_release, optimized
 from .plan import Request
 from .shapes import Shape
 
-ADAMW = ("adamw", "adamw_8bit")
 LIGHTER: tuple[dict[str, Any], ...] = (
     {"optimizer": "adamw_8bit"},
     {"precision": "bf16"},
@@ -29,24 +28,14 @@ SPLIT = ("tensor_parallel", "fsdp", "micro_batch")
 MOST_DOUBLINGS = 10
 
 
-def optimized(trained: Method, request: Request) -> Method:
-    """With the optimizer that is asked for, where the method's own is AdamW."""
-    return (
-        replace(trained, optimizer=request.optimizer) if request.optimizer and trained.optimizer in ADAMW else trained
-    )
-
-
-def can_release(shape: Shape, trained: Method) -> bool:
-    """Whether `gradient_release` trains this: AdamW on all weights (train/gradient_release.py)."""
-    return trained.optimizer in ADAMW and trained.adapter is None and shape.factorization != "sltrain"
-
-
 def list_lighter(shape: Shape, trained: Method, request: Request) -> list[dict[str, Any]]:
     """Changes on the same devices, fewest first; without those that are asked for or not to be had."""
     is_possible = {
-        "optimizer": optimized(trained, request).optimizer == "adamw",
+        "optimizer": optimized(trained, request.optimizer).optimizer == "adamw",
         "precision": request.precision != "bf16",
-        "gradient_release": request.gpus == 1 and not request.gradient_release and can_release(shape, trained),
+        "gradient_release": request.gpus == 1
+        and not request.gradient_release
+        and can_release(trained, shape.factorization),
     }
     return combine([change for change in LIGHTER if is_possible[next(iter(change))]])
 
@@ -97,4 +86,4 @@ def in_words(changes: Mapping[str, Any]) -> str:
     )
 
 
-__all__ = ["LIGHTER", "SPLIT", "can_release", "changed_requests", "changes_between", "combine", "in_words", "optimized"]
+__all__ = ["LIGHTER", "SPLIT", "changed_requests", "changes_between", "combine", "in_words"]

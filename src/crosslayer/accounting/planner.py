@@ -15,12 +15,12 @@ from typing import Any
 
 from ..crnet.policies import POLICIES_OF
 from ..errors import ConfigError
-from .changes import SPLIT, can_release, changed_requests, changes_between, in_words, optimized
+from .changes import SPLIT, changed_requests, changes_between, in_words
 from .communication import AXES, Links, count_collectives, step_seconds
 from .devices import find_device
 from .flops import Operations, count_operations, optimizer_operations
 from .memory import estimate_memory
-from .methods import TRAININGS, Adapter, Method, named_method, policy_of
+from .methods import ADAMW, TRAININGS, Adapter, Method, can_release, named_method, optimized, policy_of
 from .parameters import count_parameters, count_trainable
 from .plan import LINK_UTILISATION, MemoryPlan, Recommendation, Request, Setting
 from .recipe_lines import recipe_lines
@@ -123,7 +123,7 @@ def make_plan(
         links=used.links,
         overlap=used.overlap,
         precision=used.precision,
-        optimizer=optimized(candidates[0], used).optimizer,
+        optimizer=optimized(candidates[0], used.optimizer).optimizer,
         gradient_release=used.gradient_release,
         sequence=used.sequence,
         tokens=round(used.tokens),
@@ -144,7 +144,7 @@ def policies_of(factorization: str, layers: int) -> list[Method]:
 
 def list_settings(shape: Shape, candidates: list[Method], request: Request) -> list[Setting]:
     """Every split and policy with micro-batches 1, 2, 4, ..., up to the first that does not fit."""
-    candidates = [optimized(method, request) for method in candidates]
+    candidates = [optimized(method, request.optimizer) for method in candidates]
     return [
         setting
         for sharding in list_splits(shape, candidates[0], request)
@@ -169,7 +169,7 @@ def _micro_batches(shape: Shape, method: Method, request: Request, sharding: Sha
 
 def make_setting(shape: Shape, method: Method, request: Request, sharding: Sharding, micro_batch: int) -> Setting:
     """One way to run a step, with its memory, operations, communication and time."""
-    releases = request.gradient_release and can_release(shape, method)
+    releases = request.gradient_release and can_release(method, shape.factorization)
     share = request.tokens_per_step / (sharding.data * request.sequence * micro_batch)
     accumulation = 1 if releases else max(1, round(share))
     step = Step(
@@ -310,9 +310,9 @@ def _advice(shape: Shape, candidates: list[Method], asked: Request) -> str:
 
 def _check_optimizer(name: str, shape: Shape, trained: Method, asked: Request) -> None:
     """Raises ConfigError for an optimizer, or a step within the backward, that the method does not have."""
-    if asked.optimizer is not None and optimized(trained, asked).optimizer != asked.optimizer:
+    if asked.optimizer is not None and optimized(trained, asked.optimizer).optimizer != asked.optimizer:
         raise ConfigError(f"optimizer={asked.optimizer!r}: {name} is trained by {trained.optimizer}; leave it out")
-    if asked.gradient_release and not can_release(shape, trained):
+    if asked.gradient_release and not can_release(trained, shape.factorization):
         raise ConfigError(
             f"gradient_release=True: it is not known for {name}, only for AdamW on all weights; leave it out"
         )
@@ -339,7 +339,7 @@ def _candidates(base: Shape, name: str, rank: int | None) -> tuple[Shape, list[M
     shape = base if is_its_own else base.factorized(factorization, of_layers, density)
     if trained.adapter is not None and rank is not None:
         trained = replace(trained, adapter=replace(trained.adapter, rank=rank))
-    if trained.optimizer not in ("adamw", "adamw_8bit") and rank is not None:
+    if trained.optimizer not in ADAMW and rank is not None:
         trained = replace(trained, optimizer_rank=rank)
     if trained.recompute != "none":
         return shape, [trained]
@@ -352,7 +352,7 @@ def _rank_of(shape: Shape, trained: Method, asked: int | None) -> int | None:
         return trained.adapter.rank
     if shape.factorization != "dense":
         return shape.rank
-    if trained.optimizer in ("adamw", "adamw_8bit"):
+    if trained.optimizer in ADAMW:
         return None
     return asked or trained.optimizer_rank or shape.hidden_size // 4
 

@@ -3,8 +3,7 @@
 from typing import Any
 
 from ..crnet.policies import POLICIES
-from .changes import can_release, optimized
-from .methods import Method
+from .methods import Method, can_release, optimized
 from .parameters import optimizer_rank
 from .plan import Request, Setting
 from .shapes import Shape
@@ -23,7 +22,7 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
     """Lines of a recipe, by section; none for what `crosslayer pretrain` does not train (adapters, SLTrain, ReLoRA)."""
     if shape.factorization == "sltrain" or trained.adapter is not None or trained.optimizer == "relora":
         return {}
-    trained = optimized(trained, request)
+    trained = optimized(trained, request.optimizer)
     model: dict[str, Any] = {"factorization": shape.factorization}
     if shape.has_one_rank:  # otherwise the defaults, or a pattern of the given model
         model["rank"] = shape.rank
@@ -58,7 +57,7 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
         "data": {"block_size": request.sequence},
         "training": training,
     }
-    if request.gradient_release and can_release(shape, trained):
+    if request.gradient_release and can_release(trained, shape.factorization):
         training["max_grad_norm"] = 0.0
         sections["optimizer"] = {"gradient_release": True}
     parallel = {"fsdp_size": best.fsdp, "tensor_parallel": best.tensor_parallel}
