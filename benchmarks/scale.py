@@ -40,9 +40,10 @@ def title(model: str) -> str:
 
 @cache
 def planned(model: str, gpus: int, **more: Any) -> MemoryPlan | None:
-    """A plan; None where nothing fits."""
+    """A plan; None where nothing fits as asked."""
     try:
-        return make_plan(model, gpus=gpus, **(ASKED | more))
+        plan = make_plan(model, gpus=gpus, **(ASKED | more))
+        return None if plan.changes else plan
     except ConfigError as error:
         if "does not fit" not in str(error):
             raise

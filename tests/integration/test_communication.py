@@ -23,7 +23,7 @@ from crosslayer.accounting import (
     count_parameters,
     estimate_memory,
 )
-from crosslayer.accounting.memory import method_of
+from crosslayer.accounting.methods import method_of
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
 from peak_memory import allocated, allocated_peak, make_step
 

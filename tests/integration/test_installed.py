@@ -38,6 +38,7 @@ RUN = {
     "crosslayer analyze runs/crnet_5m_text": "--max_tokens 4096 --positions q",
     "crosslayer finetune --model FOLDER_OR_HUB_NAME --task sst2 --method lor2c": "--data sst2 --max_steps 2",
     "crosslayer plan --model llama_7b --gpu-memory 80GB --gpus 8 --sequence 4096": "",
+    "crosslayer plan --gpu-memory 24GB --sequence 4096": "",
     "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz": f"{SMALL} --max_steps 2 "
     "--tuning_runs 0 --seeds 1 --methods dense,crnet --validation_blocks 4",
     "crosslayer bench memory": "--hidden_size 32 --layers 1,2 --methods crnet",
@@ -80,6 +81,7 @@ NOT_RUN = {
     "crosslayer finetune --recipe finetune/lor2c_crnet_instructions --data FILE": "needs the model of `make pretrain`",
     "crosslayer plan --model llama_7b --method crnet --gpu-memory 80GB --gpus 8 --sequence 4096 "
     "--tokens-per-step 1M": OTHERS,
+    "crosslayer plan --gpu-memory 24GB --device rtx-4090 --sequence 4096": OTHERS,
     "crosslayer plan --model llama_7b --gpus 64 --sequence 4096 --tokens-per-step 4M": OTHERS,
     "crosslayer plan --model llama_7b --gpus 64 --tensor-parallel 2 --fsdp 32 --micro-batch 1": OTHERS,
     "crosslayer plan --model llama_13b --gpus 64 --device a100 --network 3GB --no-overlap --all": OTHERS,

@@ -17,7 +17,7 @@ from transformers.distributed import DistributedConfig
 import crosslayer.crnet.tape
 from crosslayer.accounting import Sharding, Step
 from crosslayer.accounting.kept import saved_bytes
-from crosslayer.accounting.memory import method_of
+from crosslayer.accounting.methods import method_of
 from crosslayer.accounting.shapes import Shape
 from crosslayer.analysis import measure_saved_activations
 from family_cases import FAMILY_CASES, NO_DROPOUT, tokens

@@ -8,8 +8,8 @@ from .communication import Collective, Links, count_collectives
 from .devices import DEVICES, Device, find_device, peak_flops
 from .flops import Operations, count_operations, training_flops_per_token
 from .kept import saved_bytes
-from .memory import estimate_memory, method_of
-from .methods import TRAININGS, Adapter, Method
+from .memory import estimate_memory
+from .methods import TRAININGS, Adapter, Method, method_of
 from .parameters import count_adapter_parameters, count_parameters, dense_counterpart
 from .shapes import SIZES, Layer, Linear, Shape, named_shape
 from .steps import PRECISIONS, Precision, Sharding, Step

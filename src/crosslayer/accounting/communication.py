@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .kept import keeps_state
-from .memory import method_of
-from .methods import Method, policy_of
+from .methods import Method, method_of, policy_of
 from .parameters import count_adapter_parameters, count_local_parameters, count_relora_factors, count_trainable
 from .shapes import Layer, Shape
 from .steps import Sharding, Step

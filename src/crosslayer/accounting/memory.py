@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .kept import keeps_state, live_state_bytes, residual_bytes, saved_by_autograd, saved_bytes, state_bytes
-from .methods import Method, policy_of
+from .methods import Method, method_of, policy_of
 from .parameters import (
     count_adapter_parameters,
     count_layer_parameters,
@@ -321,14 +321,6 @@ def chunk_of_tokens(tokens: int, hidden_size: int, vocab_size: int) -> int:
     return max(1, min((1 << (target - 1).bit_length()) // 2, tokens))
 
 
-def method_of(config: Any, *, checkpointing: bool = False, optimizer: str = "adamw") -> Method:
-    """The memory policy of a CRNetConfig; whole-layer or `invert` where `activation_checkpointing` asks for it."""
-    policy = getattr(config, "recompute", "none")
-    if checkpointing and policy == "none":
-        policy = "invert" if getattr(config, "factorization", "dense") == "cross_layer" else "layers"
-    return Method(recompute=policy, interval=getattr(config, "recompute_interval", None), optimizer=optimizer)
-
-
 __all__ = [
     "PARTS",
     "PRECISIONS",
@@ -336,7 +328,6 @@ __all__ = [
     "Sharding",
     "Step",
     "estimate_memory",
-    "method_of",
     "optimizer_bytes",
     "saved_bytes",
     "state_bytes",

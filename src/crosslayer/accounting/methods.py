@@ -1,10 +1,12 @@
 """How a model is trained, as far as it costs anything: what is kept, which weights learn, which optimizer."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ..crnet.policies import POLICIES, POLICIES_OF, Policy, current_name
 from ..methods import check_method
+
+ADAMW = ("adamw", "adamw_8bit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +89,37 @@ def policy_of(method: Method, factorization: str) -> Policy | None:
     return POLICIES[method.recompute] if is_ours else None
 
 
+def method_of(config: Any, *, checkpointing: bool = False, optimizer: str = "adamw") -> Method:
+    """The memory policy of a CRNetConfig; whole-layer or `invert` where `activation_checkpointing` asks for it."""
+    policy = getattr(config, "recompute", "none")
+    if checkpointing and policy == "none":
+        policy = "invert" if getattr(config, "factorization", "dense") == "cross_layer" else "layers"
+    return Method(recompute=policy, interval=getattr(config, "recompute_interval", None), optimizer=optimizer)
+
+
+def optimized(trained: Method, optimizer: str | None) -> Method:
+    """With the optimizer that is asked for, where the method's own is AdamW."""
+    return replace(trained, optimizer=optimizer) if optimizer and trained.optimizer in ADAMW else trained
+
+
+def can_release(trained: Method, factorization: str) -> bool:
+    """Whether gradient release trains this: AdamW on all weights (train/gradient_release.py)."""
+    return trained.optimizer in ADAMW and trained.adapter is None and factorization != "sltrain"
+
+
 def named_method(name: str) -> tuple[str, Method]:
     """(factorization, Method). Raises ConfigError for a name that is not in `TRAININGS`, with the nearest one."""
     return TRAININGS[check_method(name, TRAININGS)]
 
 
-__all__ = ["TRAININGS", "Adapter", "Method", "named_method", "policy_of"]
+__all__ = [
+    "ADAMW",
+    "TRAININGS",
+    "Adapter",
+    "Method",
+    "can_release",
+    "method_of",
+    "named_method",
+    "optimized",
+    "policy_of",
+]

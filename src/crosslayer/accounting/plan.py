@@ -83,13 +83,20 @@ class Recommendation:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """The answer of `make_plan`; `to_dict` is what `crosslayer plan --json` prints."""
+    """The answer of `make_plan`; `to_dict` is what `crosslayer plan --json` prints.
+
+    Args:
+        changes: fields of `Request` that are not as asked, since nothing would fit (changes.py).
+        needed_bytes: of each device for the smallest setting as asked, with the reserve.
+    """
 
     model: str
     method: str
     rank: int | None
     parameters: int
     trainable: int
+    changes: dict[str, Any] = field(default_factory=dict)
+    needed_bytes: float
     device: str
     peak_flops: float
     utilisation: float
@@ -99,6 +106,8 @@ class MemoryPlan:
     links: Links
     overlap: bool
     precision: str
+    optimizer: str
+    gradient_release: bool
     sequence: int
     tokens: int
     settings: list[Setting]
@@ -128,6 +137,9 @@ class Request:
             whole number of micro-batches).
         tokens: of the whole training.
         precision: a name of `PRECISIONS`.
+        optimizer: adamw or adamw_8bit for methods that AdamW trains; None: the method's own.
+        gradient_release: the optimizer steps within the backward, on one device and without accumulation: a step has
+            the tokens of a micro-batch, at most `tokens_per_step`.
         utilisation: share of the device's peak that operations run at.
         reserve: share of the memory that is left alone.
         tensor_parallel, fsdp: devices that split each layer, and that share weights, gradients and states; the rest
@@ -144,6 +156,8 @@ class Request:
     tokens_per_step: float = 0.0
     tokens: float = 0.0
     precision: str = "bf16_autocast"
+    optimizer: str | None = None
+    gradient_release: bool = False
     utilisation: float = DEFAULT_UTILISATION
     reserve: float = DEFAULT_RESERVE
     tensor_parallel: int | None = None
@@ -169,6 +183,18 @@ class Request:
                 ("bandwidth", self.links.within, self.links.within > 0, "more than 0, such as 450GB"),
                 ("network", self.links.between, self.links.between > 0, "more than 0, such as 50GB"),
                 ("precision", repr(self.precision), self.precision in PRECISIONS, ", ".join(PRECISIONS)),
+                (
+                    "optimizer",
+                    repr(self.optimizer),
+                    self.optimizer in (None, "adamw", "adamw_8bit"),
+                    "adamw or adamw_8bit; others come with their method, such as galore",
+                ),
+                (
+                    "gradient_release",
+                    f"True with gpus={self.gpus}",
+                    self.gpus <= 1 or not self.gradient_release,
+                    "one device, or fsdp without it",
+                ),
             )
             if not is_fine
         ]

@@ -15,11 +15,12 @@ from typing import Any
 
 from ..crnet.policies import POLICIES_OF
 from ..errors import ConfigError
+from .changes import SPLIT, changed_requests, changes_between, in_words
 from .communication import AXES, Links, count_collectives, step_seconds
 from .devices import find_device
 from .flops import Operations, count_operations, optimizer_operations
 from .memory import estimate_memory
-from .methods import TRAININGS, Adapter, Method, named_method, policy_of
+from .methods import ADAMW, TRAININGS, Adapter, Method, can_release, named_method, optimized, policy_of
 from .parameters import count_parameters, count_trainable
 from .plan import LINK_UTILISATION, MemoryPlan, Recommendation, Request, Setting
 from .recipe_lines import recipe_lines
@@ -45,6 +46,7 @@ def make_plan(
     tokens_per_step: float = 1e6,
     tokens: float | None = None,
     beside: Iterable[str] = ("dense", "cola", "galore"),
+    add_gpus: bool = False,
     name: str | None = None,
     **request: Any,
 ) -> MemoryPlan:
@@ -62,10 +64,13 @@ def make_plan(
             adapters) by default.
         tokens: budget; 20 per parameter of the dense model by default.
         beside: other methods to plan for in the same place.
+        add_gpus: plan for more devices where nothing else makes it fit.
         request: further fields of `Request`.
 
-    Raises ConfigError for an unknown model, method or device, for a rank that does not fit, and when nothing fits: the
-    message says what the smallest setting needs.
+    Where nothing fits as asked the plan is made with the fewest changes on the same devices with which something does
+    (changes.py); `MemoryPlan.changes` has them. Raises ConfigError for an unknown model, method or device, for a rank
+    that does not fit, and when these do not help either: the message says what the smallest setting needs, and what
+    would.
     """
     base = named_shape(model) if isinstance(model, str) else Shape.of(model)
     chosen = find_device(device or "h100")
@@ -85,16 +90,20 @@ def make_plan(
         **request,
     )
     shape, candidates = _candidates(base, method, rank)
+    _check_optimizer(method, shape, candidates[0], asked)
     settings = list_settings(shape, candidates, asked)
-    recommended = recommend(method, shape, candidates, settings, asked)
+    needed = min(setting.peak_bytes for setting in settings) / (1 - asked.reserve)
+    used = _fitting_request(shape, candidates, settings, asked, add_gpus)
+    settings = settings if used == asked else list_settings(shape, candidates, used)
+    recommended = recommend(method, shape, candidates, settings, used)
     others: dict[str, Recommendation | str] = {}
     for other in beside:
         if other == method:
             continue
         try:
             other_shape, others_candidates = _candidates(base, other, rank)
-            of_other = list_settings(other_shape, others_candidates, asked)
-            others[other] = recommend(other, other_shape, others_candidates, of_other, asked)
+            of_other = list_settings(other_shape, others_candidates, used)
+            others[other] = recommend(other, other_shape, others_candidates, of_other, used)
         except ConfigError as error:
             others[other] = str(error)
     return MemoryPlan(
@@ -103,17 +112,21 @@ def make_plan(
         rank=_rank_of(shape, candidates[0], rank),
         parameters=sum(count_parameters(shape).values()),
         trainable=count_trainable(shape, candidates[0]),
+        changes=changes_between(asked, used),
+        needed_bytes=needed,
         device=chosen.name,
-        peak_flops=asked.peak_flops,
-        utilisation=asked.utilisation,
-        gpus=asked.gpus,
-        gpu_memory_bytes=asked.gpu_memory,
-        usable_bytes=asked.usable,
-        links=asked.links,
-        overlap=asked.overlap,
-        precision=asked.precision,
-        sequence=asked.sequence,
-        tokens=round(asked.tokens),
+        peak_flops=used.peak_flops,
+        utilisation=used.utilisation,
+        gpus=used.gpus,
+        gpu_memory_bytes=used.gpu_memory,
+        usable_bytes=used.usable,
+        links=used.links,
+        overlap=used.overlap,
+        precision=used.precision,
+        optimizer=optimized(candidates[0], used.optimizer).optimizer,
+        gradient_release=used.gradient_release,
+        sequence=used.sequence,
+        tokens=round(used.tokens),
         settings=settings,
         recommended=recommended,
         beside=others,
@@ -131,6 +144,7 @@ def policies_of(factorization: str, layers: int) -> list[Method]:
 
 def list_settings(shape: Shape, candidates: list[Method], request: Request) -> list[Setting]:
     """Every split and policy with micro-batches 1, 2, 4, ..., up to the first that does not fit."""
+    candidates = [optimized(method, request.optimizer) for method in candidates]
     return [
         setting
         for sharding in list_splits(shape, candidates[0], request)
@@ -155,13 +169,16 @@ def _micro_batches(shape: Shape, method: Method, request: Request, sharding: Sha
 
 def make_setting(shape: Shape, method: Method, request: Request, sharding: Sharding, micro_batch: int) -> Setting:
     """One way to run a step, with its memory, operations, communication and time."""
-    accumulation = max(1, round(request.tokens_per_step / (sharding.data * request.sequence * micro_batch)))
+    releases = request.gradient_release and can_release(method, shape.factorization)
+    share = request.tokens_per_step / (sharding.data * request.sequence * micro_batch)
+    accumulation = 1 if releases else max(1, round(share))
     step = Step(
         sequence=request.sequence,
         micro_batch=micro_batch,
         precision=PRECISIONS[request.precision],
         sharding=sharding,
         accumulates=accumulation > 1,
+        releases_gradients=releases,
     )
     memory = estimate_memory(shape, step, method)
     operations = count_operations(shape, request.sequence, method, tokens=step.tokens)
@@ -238,7 +255,7 @@ def recommend(
         raise ConfigError(
             f"{method} does not fit in {show_bytes(request.gpu_memory)} on each of {request.gpus}: the smallest "
             f"setting (recompute {smallest.label}, micro-batch {smallest.micro_batch}{_split_in_words(smallest)}) "
-            f"needs {show_bytes(needed)} with {request.reserve:.0%} in reserve; {_change(shape, candidates, request)}"
+            f"needs {show_bytes(needed)} with {request.reserve:.0%} in reserve; {_advice(shape, candidates, request)}"
         )
     return Recommendation(
         method=method,
@@ -254,17 +271,51 @@ def _split_in_words(setting: Setting) -> str:
     return "".join(f", {name}={size}" for name, size in axes if size > 1)
 
 
-def _change(shape: Shape, candidates: list[Method], request: Request) -> str:
-    """The least that would make room: another split or batch of the same devices, more of them, or none of these."""
-    for gpus in (request.gpus * 2**power for power in range(11)):
-        tokens = max(request.tokens_per_step, request.sequence * gpus)
-        changed = replace(request, gpus=gpus, tokens_per_step=tokens, tensor_parallel=None, fsdp=None, micro_batch=1)
-        found = fastest(list_settings(shape, candidates, changed))
-        if found is not None:
-            devices = "" if gpus == request.gpus else f"{gpus} gpus, "
-            split = f"tensor_parallel={found.tensor_parallel}, fsdp={found.fsdp}"
-            return f"give {devices}{split} and micro_batch=1 (recompute {found.label})"
-    return "give more memory, a shorter sequence or a smaller model: more gpus would not help"
+def _fitting_request(
+    shape: Shape, candidates: list[Method], settings: list[Setting], asked: Request, add_gpus: bool
+) -> Request:
+    """As asked where that fits or nothing would; else with the fewest changes that leave devices and split alone."""
+    if fastest(settings) is not None:
+        return asked
+    changed, _ = _cheapest(shape, candidates, asked) or (asked, None)
+    moves = changes_between(asked, changed).keys() & {"gpus", *SPLIT}
+    return asked if moves and not add_gpus else changed
+
+
+def _cheapest(shape: Shape, candidates: list[Method], asked: Request) -> tuple[Request, Setting] | None:
+    """The first changed request under which something fits, with one sequence on each device where none is given."""
+
+    def fit(changed: Request) -> Setting | None:
+        return fastest(list_settings(shape, candidates, replace(changed, micro_batch=changed.micro_batch or 1)))
+
+    for alike in changed_requests(shape, candidates[0], asked):
+        if fit(alike[-1]) is not None:
+            return next((changed, found) for changed in alike if (found := fit(changed)) is not None)
+    return None
+
+
+def _advice(shape: Shape, candidates: list[Method], asked: Request) -> str:
+    """What to give instead."""
+    cheapest = _cheapest(shape, candidates, asked)
+    if cheapest is None:
+        return "give more memory, a shorter sequence or a smaller model: more gpus would not help"
+    changed, found = cheapest
+    changes = {name: value for name, value in changes_between(asked, changed).items() if name not in SPLIT}
+    if changes and changed.gpus == asked.gpus:
+        return f"it fits with {in_words(changes)}"
+    words = f"{in_words(changes)}, " if changes else ""
+    split = f"tensor_parallel={found.tensor_parallel}, fsdp={found.fsdp}"
+    return f"give {words}{split} and micro_batch=1 (recompute {found.label})"
+
+
+def _check_optimizer(name: str, shape: Shape, trained: Method, asked: Request) -> None:
+    """Raises ConfigError for an optimizer, or a step within the backward, that the method does not have."""
+    if asked.optimizer is not None and optimized(trained, asked.optimizer).optimizer != asked.optimizer:
+        raise ConfigError(f"optimizer={asked.optimizer!r}: {name} is trained by {trained.optimizer}; leave it out")
+    if asked.gradient_release and not can_release(trained, shape.factorization):
+        raise ConfigError(
+            f"gradient_release=True: it is not known for {name}, only for AdamW on all weights; leave it out"
+        )
 
 
 def _reason(best: Setting, settings: list[Setting]) -> str:
@@ -288,7 +339,7 @@ def _candidates(base: Shape, name: str, rank: int | None) -> tuple[Shape, list[M
     shape = base if is_its_own else base.factorized(factorization, of_layers, density)
     if trained.adapter is not None and rank is not None:
         trained = replace(trained, adapter=replace(trained.adapter, rank=rank))
-    if trained.optimizer not in ("adamw", "adamw_8bit") and rank is not None:
+    if trained.optimizer not in ADAMW and rank is not None:
         trained = replace(trained, optimizer_rank=rank)
     if trained.recompute != "none":
         return shape, [trained]
@@ -301,7 +352,7 @@ def _rank_of(shape: Shape, trained: Method, asked: int | None) -> int | None:
         return trained.adapter.rank
     if shape.factorization != "dense":
         return shape.rank
-    if trained.optimizer in ("adamw", "adamw_8bit"):
+    if trained.optimizer in ADAMW:
         return None
     return asked or trained.optimizer_rank or shape.hidden_size // 4
 

@@ -1,24 +1,23 @@
 """`crosslayer plan`: what a training would cost, and how to run it on given devices."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import spelled
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from ..accounting import Shape
 
 
 def plan(
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="llama_60m, 130m, 350m, 1b, 3b, 7b, 13b, 70b; a config.json, its folder, or a recipe (name or file)."
+            help="llama_60m, 130m, 350m, 1b, 3b, 7b, 13b, 70b; a config.json, its folder, or a recipe (name or file) "
+            "[default: every size, and what makes it fit]."
         ),
-    ],
+    ] = None,
     method: Annotated[
         str, typer.Option(help="crnet, dense, cola, low_rank, galore, galore_8bit, apollo, ...")
     ] = "crnet",
@@ -34,6 +33,12 @@ def plan(
     precision: Annotated[
         str, typer.Option(help="bf16_autocast (float32 weights), bf16 (everything) or float32.")
     ] = "bf16_autocast",
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw or adamw_8bit, where AdamW trains [default: the method's].")
+    ] = None,
+    gradient_release: Annotated[
+        bool, spelled("gradient-release", "Step within the backward: one device, no accumulation.")
+    ] = False,
     utilisation: Annotated[float, typer.Option(help="Share of the device's peak that is reached.")] = 0.4,
     reserve: Annotated[float, typer.Option(help="Share of the memory that is left alone.")] = 0.08,
     tensor_parallel: Annotated[
@@ -61,38 +66,42 @@ def plan(
     """What fits, what it costs and how long it takes: arithmetic, on any machine.
 
     For example: crosslayer plan --model llama_7b --gpu-memory 80GB --gpus 64 --tensor-parallel 2 --sequence 4096
+
+    Without a model, what can be trained on a card: crosslayer plan --gpu-memory 24GB --sequence 4096
     """
     from ..accounting.planner import make_plan, parse_bytes, parse_tokens
+    from ..accounting.sizes import plan_sizes
     from .common import print_json
     from .plan_tables import show
+    from .size_tables import show_sizes
 
-    shape = read_model(model)
-    found = make_plan(
-        shape,
-        method,
-        name=model,
-        rank=rank,
-        device=device,
-        gpu_memory=None if gpu_memory is None else parse_bytes(gpu_memory),
-        gpus=gpus,
-        sequence=sequence,
-        tokens_per_step=parse_tokens(tokens_per_step, "tokens_per_step"),
-        tokens=None if tokens is None else parse_tokens(tokens),
-        precision=precision,
-        utilisation=utilisation,
-        reserve=reserve,
-        tensor_parallel=tensor_parallel,
-        fsdp=fsdp,
-        micro_batch=micro_batch,
-        gpus_per_node=gpus_per_node,
-        bandwidth=None if bandwidth is None else parse_bytes(bandwidth, "bandwidth"),
-        network=None if network is None else parse_bytes(network, "network"),
-        overlap=not no_overlap,
-    )
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        show(found, show_all)
+    given: dict[str, Any] = {
+        "rank": rank,
+        "device": device,
+        "gpu_memory": None if gpu_memory is None else parse_bytes(gpu_memory),
+        "gpus": gpus,
+        "sequence": sequence,
+        "tokens_per_step": parse_tokens(tokens_per_step, "tokens_per_step"),
+        "tokens": None if tokens is None else parse_tokens(tokens),
+        "precision": precision,
+        "optimizer": optimizer,
+        "gradient_release": gradient_release,
+        "utilisation": utilisation,
+        "reserve": reserve,
+        "tensor_parallel": tensor_parallel,
+        "fsdp": fsdp,
+        "micro_batch": micro_batch,
+        "gpus_per_node": gpus_per_node,
+        "bandwidth": None if bandwidth is None else parse_bytes(bandwidth, "bandwidth"),
+        "network": None if network is None else parse_bytes(network, "network"),
+        "overlap": not no_overlap,
+    }
+    if model is None:
+        sizes = plan_sizes(method, everything=show_all, **given)
+        print_json(sizes.to_dict()) if as_json else show_sizes(sizes)
+        return
+    found = make_plan(read_model(model), method, name=model, **given)
+    print_json(found.to_dict()) if as_json else show(found, show_all)
 
 
 def read_model(model: str) -> "Shape | dict[str, Any] | str":

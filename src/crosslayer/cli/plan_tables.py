@@ -6,6 +6,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ..accounting.changes import in_words
 from ..accounting.plan import MemoryPlan, Recommendation, Setting
 from ..accounting.planner import fastest, show_bytes
 
@@ -18,6 +19,7 @@ def show(plan: MemoryPlan, everything: bool = False) -> None:
     console = Console(highlight=False)
     best = plan.recommended
     _show_model(console, plan)
+    _show_changes(console, plan)
     _show_recommended(console, best)
     if everything:
         console.print(_settings(plan.settings), "")
@@ -38,9 +40,26 @@ def _show_model(console: Console, plan: MemoryPlan) -> None:
     trained = f", {plan.trainable / 1e6:,.2f}M trained" if plan.trainable != plan.parameters else ""
     console.print(f"{plan.model}, {plan.method}{rank}: {plan.parameters / 1e6:,.2f}M parameters{trained}")
     console.print(
-        f"{plan.gpus} x {plan.device}, {show_bytes(plan.gpu_memory_bytes)} each, {show_bytes(plan.usable_bytes)} to "
-        f"use; {plan.precision}, sequences of {plan.sequence:,} tokens; {plan.tokens / 1e9:,.3g}B tokens at "
-        f"{plan.utilisation:.0%} of {plan.peak_flops / 1e12:,.0f} TFLOP/s\n"
+        f"{describe_devices(plan, plan.gpus)}; {plan.precision}, sequences of {plan.sequence:,} tokens; "
+        f"{plan.tokens / 1e9:,.3g}B tokens at {plan.utilisation:.0%} of {plan.peak_flops / 1e12:,.0f} TFLOP/s\n"
+    )
+
+
+def describe_devices(plan: MemoryPlan, gpus: int) -> str:
+    """So many of which, and their memory."""
+    sizes = f"{show_bytes(plan.gpu_memory_bytes)} each, {show_bytes(plan.usable_bytes)} to use"
+    return f"{gpus} x {plan.device}, {sizes}"
+
+
+def _show_changes(console: Console, plan: MemoryPlan) -> None:
+    """What is not as asked."""
+    if not plan.changes:
+        return
+    tokens = plan.recommended.setting.tokens_per_step
+    fewer = f"; a step has {tokens:,} tokens" if "gradient_release" in plan.changes else ""
+    console.print(
+        f"as asked it does not fit: the smallest setting needs {show_bytes(plan.needed_bytes)} with the reserve\n"
+        f"the fewest changes with which it does: {in_words(plan.changes)}{fewer}\n"
     )
 
 
@@ -69,7 +88,8 @@ def _best_of_each(settings: Iterable[Setting], kind: Callable[[Setting], str]) -
     return [fastest(group) or min(group, key=lambda s: s.peak_bytes) for group in groups.values()]
 
 
-def _table(left: Iterable[str], right: Iterable[str]) -> Table:
+def make_table(left: Iterable[str], right: Iterable[str]) -> Table:
+    """Without lines: titles of what stands at the left of its column, and at the right."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for title in left:
         table.add_column(title)
@@ -79,7 +99,7 @@ def _table(left: Iterable[str], right: Iterable[str]) -> Table:
 
 
 def _settings(settings: Iterable[Setting]) -> Table:
-    table = _table((SPLIT, "recompute", "fits"), ("batch", "GB", "sent GB", "tokens/s", "days"))
+    table = make_table((SPLIT, "recompute", "fits"), ("batch", "GB", "sent GB", "tokens/s", "days"))
     for setting in settings:
         table.add_row(
             str(setting.sharding),
@@ -95,7 +115,7 @@ def _settings(settings: Iterable[Setting]) -> Table:
 
 
 def _beside(plans: dict[str, Recommendation | str]) -> Table:
-    table = _table(("method", SPLIT, "recompute"), ("parameters", "GB", "tokens/s", "days"))
+    table = make_table(("method", SPLIT, "recompute"), ("parameters", "GB", "tokens/s", "days"))
     for name, other in plans.items():
         if not isinstance(other, str):
             setting = other.setting
@@ -127,4 +147,4 @@ def _assumptions(plan: MemoryPlan) -> str:
     )
 
 
-__all__ = ["show"]
+__all__ = ["describe_devices", "make_table", "show"]

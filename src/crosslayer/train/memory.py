@@ -33,6 +33,7 @@ def training_step(recipe: "Recipe", arguments: "TrainingArguments") -> Step:
     """One micro-batch on one device, as the Trainer runs our models (fused loss; weights of the model's dtype)."""
     half = arguments.bf16 or arguments.fp16
     weights = getattr(torch, recipe.model.get("dtype") or "float32").itemsize
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     accumulation = arguments.accelerator_config.gradient_accumulation_kwargs or {}
     mesh = recipe.parallel.distributed_config(arguments.world_size)
     return Step(
@@ -41,7 +42,7 @@ def training_step(recipe: "Recipe", arguments: "TrainingArguments") -> Step:
         precision=Precision(weights=weights, gradients=weights, states=weights, products=2 if half else weights),
         sharding=Sharding(tensor=mesh.tp_size, fsdp=mesh.fsdp_size, replicas=mesh.dp_replicate_size),
         fused_norms=arguments.device.type == "cuda",
-        fused_optimizer="fused" in str(getattr(arguments.optim, "value", arguments.optim)),
+        fused_optimizer="fused" in optimizer or optimizer in _OPTIMIZERS,  # the latter update one weight after another
         accumulates=arguments.gradient_accumulation_steps > 1,
         reduces_each_batch=bool(accumulation.get("sync_each_batch")),
         releases_gradients=recipe.optimizer.gradient_release,
