@@ -211,7 +211,7 @@ def test_commands_of_the_pages(after_commands):
     assert installed.call("crosslayer --version") == f"crosslayer {__version__}\n"
     assert (installed.folder / "mine.yaml").read_text() == (FOLDER / "crnet_5m_text.yaml").read_text()
     made = {path.name for path in (installed.folder / "runs").iterdir()}
-    assert made == {"crnet_5m_text", "analysis", "sst2_lor2c", "compare_crnet_1m_text"}
+    assert made == {"crnet_5m_text", "ready", "analysis", "sst2_lor2c", "compare_crnet_1m_text"}
 
 
 EXAMPLE = """

@@ -1,6 +1,6 @@
 """Ways to split devices among tensor parallelism, FSDP and replicas, and what cannot be split."""
 
-from ..crnet.positions import check_split
+from ..crnet.split_rules import check_split
 from ..errors import ConfigError
 from .methods import Method
 from .plan import Request

@@ -25,8 +25,8 @@ from transformers.distributed.tensor_parallel import TensorParallelLayer
 
 from .cross_layer_linear import GIVES_INCREMENT, CrossLayerLinear, LowRankLinear, is_watched
 from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm
-from .positions import COLUMNS, check_split
 from .product import PRODUCTS, Product
+from .split_rules import COLUMNS, check_split
 
 
 class _Copy(torch.autograd.Function):
