@@ -15,7 +15,7 @@ from crosslayer.train.export import export
 from crosslayer.train.parallel import Parallel
 from crosslayer.train.resume import check_form
 from crosslayer.train.run import build_model_config, pretrain
-from crosslayer.train.sharded import FOLDER, ShardWriter
+from crosslayer.train.sharded import FOLDER, save
 from tiny_run import tiny_content, tiny_recipe
 
 
@@ -39,9 +39,8 @@ def sharded(run):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "crosslayer_manifest.json").unlink()
-    writer = ShardWriter()
-    writer.start(checkpoint, model, optimizer, lambda: write_manifest(checkpoint, processes=4, weights_only=False))
-    writer.wait()
+    save(checkpoint, model, optimizer)
+    write_manifest(checkpoint, processes=4, weights_only=False)
     return folder
 
 
