@@ -23,6 +23,9 @@ from crosslayer.train.trainer import PretrainTrainer
 from tiny_run import tiny_content
 
 pytestmark = pytest.mark.slow
+several_runs = pytest.mark.skipif(
+    not os.environ.get("CROSSLAYER_LONG"), reason="runs within the same processes: docs/log.md; CROSSLAYER_LONG=1"
+)
 
 SKIP = {"monitor": {"on_nonfinite": "skip"}}
 
@@ -92,10 +95,7 @@ def two(tmp_path_factory):
     return root, results
 
 
-@pytest.mark.skipif(
-    not os.environ.get("CROSSLAYER_LONG"),
-    reason="several runs within the same processes: other rows once in a while (docs/log.md); CROSSLAYER_LONG=1 runs it",
-)
+@several_runs
 def test_a_step_that_one_process_alone_finds_wrong(two, tmp_path, monkeypatch):
     """Both leave it out, as one process does that reads all rows."""
     root, results = two
@@ -109,10 +109,7 @@ def test_a_step_that_one_process_alone_finds_wrong(two, tmp_path, monkeypatch):
         assert of_two == pytest.approx(of_one, rel=1e-3)
 
 
-@pytest.mark.skipif(
-    not os.environ.get("CROSSLAYER_LONG"),
-    reason="several runs within the same processes: other rows once in a while (docs/log.md); CROSSLAYER_LONG=1 runs it",
-)
+@several_runs
 def test_processes_stop_at_one_step_and_go_on(two):
     """The second of them alone is asked to stop."""
     root, results = two
