@@ -1,5 +1,6 @@
 """A pre-training run small enough for a unit test: deterministic text, a two-layer model, a dozen steps."""
 
+import os
 import random
 from pathlib import Path
 
@@ -10,12 +11,16 @@ WORDS = TEXT.split()
 
 
 def write_texts(folder: Path, documents: int = 60, seed: int = 0) -> Path:
-    """A folder of short text files, all different."""
+    """A folder of short text files, all different. Processes that make the same folder never see half a file."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for index in range(documents):
         words = rng.choices(WORDS, k=rng.randint(60, 120))
-        (folder / f"{index:03d}.txt").write_text(f"Story {index}. " + " ".join(words) + ".\n", encoding="utf-8")
+        path, text = folder / f"{index:03d}.txt", f"Story {index}. " + " ".join(words) + ".\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            beside = folder.with_name(f"{folder.name}-{os.getpid()}-{index}")
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
     return folder
 
 

@@ -23,9 +23,6 @@ from crosslayer.train.trainer import PretrainTrainer
 from tiny_run import tiny_content
 
 pytestmark = pytest.mark.slow
-several_runs = pytest.mark.skipif(
-    not os.environ.get("CROSSLAYER_LONG"), reason="runs within the same processes: docs/log.md; CROSSLAYER_LONG=1"
-)
 
 SKIP = {"monitor": {"on_nonfinite": "skip"}}
 
@@ -95,7 +92,6 @@ def two(tmp_path_factory):
     return root, results
 
 
-@several_runs
 def test_a_step_that_one_process_alone_finds_wrong(two, tmp_path, monkeypatch):
     """Both leave it out, as one process does that reads all rows."""
     root, results = two
@@ -109,7 +105,6 @@ def test_a_step_that_one_process_alone_finds_wrong(two, tmp_path, monkeypatch):
         assert of_two == pytest.approx(of_one, rel=1e-3)
 
 
-@several_runs
 def test_processes_stop_at_one_step_and_go_on(two):
     """The second of them alone is asked to stop."""
     root, results = two

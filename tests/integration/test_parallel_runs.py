@@ -22,12 +22,9 @@ STEPS, ROWS = 6, 4
 SPLITS = {
     "fsdp": {"fsdp_size": 4},
     "fsdp_tp": {"fsdp_size": 2, "tensor_parallel": 2, "accumulate": 2},
+    "replicas_tp": {"tensor_parallel": 2},  # two replicas of two processes each
+    "all": {"fsdp_size": -1, "tensor_parallel": 2, "bf16": True},
 }
-if os.environ.get("CROSSLAYER_LONG"):  # a minute more
-    SPLITS |= {
-        "replicas_tp": {"tensor_parallel": 2},  # two replicas of two processes each
-        "all": {"fsdp_size": -1, "tensor_parallel": 2, "bf16": True},
-    }
 """Of four processes. Packed rows, gradients clipped; some in batches of one that are accumulated, or under autocast;
 heads that are tied, or not."""
 
@@ -95,8 +92,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("parallel")
     pretrain(recipe_of(root, 1), root / "one")
     pretrain(recipe_of(root, 1, bf16=True), root / "one_in_bf16")
-    for name, parallel in SPLITS.items():  # a launch each, as a user's: state of accelerate outlives a run
-        launch(4, root, [(name, parallel, False)])
+    launch(4, root, [(name, parallel, False) for name, parallel in SPLITS.items()])
     back_to(root / "fsdp", root / "fewer", 2)
     launch(2, root, [("fewer", {"fsdp_size": 2}, True)])
     shutil.copytree(root / "fewer", root / "by_two")
@@ -138,7 +134,7 @@ def test_equal_to_one_process(root, name):
         torch.testing.assert_close(found[key], weight, atol=tolerance, rtol=10 * tolerance)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "fsdp_tp"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_tp", "all"])
 def test_a_process_holds_its_part(root, name):
     """A quarter of what FSDP2 shards over four, and little more: parts are rows, of which a beta has one."""
     whole = sum(parameter.numel() for parameter in load_saved(root / "one" / "model")[0].parameters())

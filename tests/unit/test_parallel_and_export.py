@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crosslayer.errors import CheckpointError, ConfigError
+from crosslayer.errors import CheckpointError, ConfigError, DataError
 from crosslayer.train import build_recipe
 from crosslayer.train.checkpoints import write_manifest
 from crosslayer.train.export import export
-from crosslayer.train.parallel import Parallel
+from crosslayer.train.parallel import Parallel, check_same_data
 from crosslayer.train.resume import check_form
 from crosslayer.train.run import build_model_config, pretrain
-from crosslayer.train.sharded import FOLDER, save
+from crosslayer.train.sharded import FOLDER, ShardWriter
 from tiny_run import tiny_content, tiny_recipe
 
 
@@ -39,8 +39,9 @@ def sharded(run):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "crosslayer_manifest.json").unlink()
-    save(checkpoint, model, optimizer)
-    write_manifest(checkpoint, processes=4, weights_only=False)
+    writer = ShardWriter()
+    writer.start(checkpoint, model, optimizer, lambda: write_manifest(checkpoint, processes=4, weights_only=False))
+    writer.wait()
     return folder
 
 
@@ -168,3 +169,13 @@ def test_frozen_models(parallel, is_fixed, message):
     assert Parallel(fsdp_size=2).check_frozen(4, is_fixed=True).dp_replicate_size == 2
     with pytest.raises(ConfigError, match=message):
         Parallel(**parallel).check_frozen(4, is_fixed=is_fixed)
+
+
+def test_processes_that_have_read_other_data_do_not_train(monkeypatch):
+    facts = {"train": {"tokens": 412}}
+    check_same_data(facts, 1)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own * 3)
+    check_same_data(facts, 3)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, *own, {"train": {"tokens": 391}}])
+    with pytest.raises(DataError, match="process 2 has read other data than process 0: files changed"):
+        check_same_data(facts, 3)

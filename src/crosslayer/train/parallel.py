@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..crnet.tensor_parallel import check_block
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..private import let_cpus_share_models
 from ..ranges import COUNT, out_of_range, where
 
@@ -133,6 +133,26 @@ RANGES = {
     "fsdp_size": where("a whole number of at least 1, or -1 for the rest", lambda x: x == ALL or x == int(x) >= 1),
 }
 assert RANGES.keys() == {field.name for field in fields(Parallel)}
+
+
+def check_same_data(facts: dict[str, Any], processes: int) -> None:
+    """Raises DataError where processes of a launch have read different data. They would train on other rows than they
+    say, or wait for one another for ever. Every process has to call it.
+
+    Args:
+        facts: what a process knows of the data that it has read.
+    """
+    if processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    every = gather_object([facts])
+    different = [rank for rank, others in enumerate(every) if others != every[0]]
+    if different:
+        raise DataError(
+            f"process {different[0]} has read other data than process 0: files changed while the run started, or the "
+            "machines do not see the same files; start it again, or `crosslayer prepare` them first"
+        )
 
 
 def is_split(model: Any) -> bool:

@@ -31,7 +31,7 @@ from ..provenance import describe_run
 from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .callbacks import EvaluateAtTheEnd
 from .memory import choose_recompute, training_method, training_step
-from .parallel import is_split
+from .parallel import check_same_data, is_split
 from .progress import shows_bars
 from .recipe import Recipe, build_recipe, read_recipe
 from .report import RunFacts, RunReport, write_card, write_report
@@ -254,6 +254,8 @@ def pretrain(
 
     with arguments.main_process_first(desc="data"):  # the others find it in the cache
         prepared = prepare_data(recipe.data)
+    has_read = {"tokenizer": tokenizer_fingerprint(prepared.tokenizer), **prepared.statistics.describe()}
+    check_same_data(has_read, arguments.world_size)
     config = build_model_config(recipe, prepared.tokenizer)
     is_auto = recipe.model.get("recompute") == AUTO
     recompute = choose_recompute(config, recipe, arguments) if is_auto else None

@@ -1,10 +1,12 @@
-"""Checkpoints of a model that processes share: each writes its part, with torch's own format.
+"""Checkpoints of a model that processes share: each writes its part, in the background, with torch's own format.
 
 checkpoint-N/
   sharded/        weights and optimizer state (torch.distributed.checkpoint): any number of processes can read them
   ...             configuration, tokenizer, schedule, random states, the Trainer's state; the manifest, last
 """
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,35 @@ def has_shards(checkpoint: Path) -> bool:
     return (checkpoint / FOLDER).is_dir()
 
 
-def save(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Write this process's part of weights and optimizer state; every process has to call it, and training waits.
+class ShardWriter:
+    """Writes one checkpoint at a time, while training goes on; every process has one."""
 
-    (Written in a thread beside training, runs of four gloo processes hung or read other rows once in a while.)
-    """
-    dcp.save(_state(model, optimizer), checkpoint_id=checkpoint / FOLDER, no_dist=not dist.is_initialized())
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+        self._group: Any = None
+
+    def start(self, checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, finish: Callable[[], None]) -> None:
+        """Copy this process's part and write it in the background; `finish` is called when all have written theirs.
+
+        Raises what writing the one before it raised.
+        """
+        self.wait()
+        if self._group is None and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")  # beside the one that trains
+        writing = dcp.async_save(_state(model, optimizer), checkpoint_id=checkpoint / FOLDER, process_group=self._group)
+
+        def wait_and_finish() -> None:
+            writing.result()  # type: ignore[union-attr]
+            finish()
+
+        self._pending = self._threads.submit(wait_and_finish)
+
+    def wait(self) -> None:
+        """Until what was started is whole. Raises what writing it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def load_weights(checkpoint: Path, model: Any) -> None:

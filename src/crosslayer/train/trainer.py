@@ -28,8 +28,7 @@ from .parallel import groups_by_mesh, is_split, local, reshard
 from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
 from .progress import LogLines, Progress
 from .sampler import LengthGroups
-from .sharded import has_shards, load_optimizer, load_weights
-from .sharded import save as save_shards
+from .sharded import ShardWriter, has_shards, load_optimizer, load_weights
 from .stopping import StopEarly
 from .stream import StreamTrainer
 
@@ -73,7 +72,7 @@ class SafeTrainer(Trainer):
         with _unrefused(kwargs["args"], kwargs.get("model")):
             super().__init__(*args, **kwargs)
         is_adapted = hasattr(self.model, "peft_config")  # whole in every process, and all that is saved
-        self.saves_shards = is_split(self.model) and not is_adapted
+        self.shards = ShardWriter() if is_split(self.model) and not is_adapted else None
         settings = monitor or Monitor()
         self.monitor = StepMonitor(settings, self.last_good_checkpoint)
         self.stopping = StopEarly(settings.max_hours)
@@ -115,6 +114,7 @@ class SafeTrainer(Trainer):
         self._most_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super().train(*args, **kwargs)
+            self._wait_for_shards()
         finally:
             self.args.save_total_limit = self._most_checkpoints
         best = self.state.best_model_checkpoint
@@ -199,6 +199,7 @@ class SafeTrainer(Trainer):
         return {**batch, "labels": without_repeats(batch["labels"], first_row, data.remainder)}
 
     def _save_checkpoint(self, model, trial) -> None:
+        self._wait_for_shards()
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not all(bool(local(parameter).isfinite().all()) for parameter in self.model.parameters()):
@@ -210,16 +211,24 @@ class SafeTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise self._not_written(step, error) from error
         self.accelerator.wait_for_everyone()  # every process has written its random state
-        try:
+        best = self.state.best_model_checkpoint
+
+        def finish() -> None:
             if self.args.should_save:
                 write_manifest(folder, processes=self.args.world_size, weights_only=bool(self.args.save_only_model))
                 # Older ones go when this one is whole, hashes and all; and only folders that are checkpoints.
-                remove_old(folder.parent, folder, self._most_checkpoints, self.state.best_model_checkpoint)
+                remove_old(folder.parent, folder, self._most_checkpoints, best)
+
+        try:
+            if self.shards is None or self.args.save_only_model:
+                finish()
+            else:
+                self.shards.start(folder, self.model, self.own_optimizer(), finish)
         except OSError as error:
             raise self._not_written(step, error) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.saves_shards or not _internal_call or self.args.save_only_model:
+        if self.shards is None or not _internal_call or self.args.save_only_model:
             super().save_model(output_dir, _internal_call=_internal_call)
         elif self.args.should_save:  # of a checkpoint whose weights are written in parts
             folder = Path(output_dir or self.args.output_dir)
@@ -227,16 +236,23 @@ class SafeTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.saves_shards:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        save_shards(Path(output_dir), self.model, self.own_optimizer())
-        if self.args.should_save:
+        if self.shards is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
             torch.save(cast(LambdaLR, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
-        return None
 
     def own_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer without what accelerate puts around it."""
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def _wait_for_shards(self) -> None:
+        if self.shards is None:
+            return
+        try:
+            self.shards.wait()
+        except Exception as error:  # torch hands on whatever a process met
+            raise self._not_written(self.state.global_step, error) from error
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if has_shards(Path(resume_from_checkpoint)):
@@ -247,6 +263,7 @@ class SafeTrainer(Trainer):
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         if has_shards(best):
+            self._wait_for_shards()
             load_weights(best, self.accelerator.unwrap_model(self.model))
         else:
             super()._load_best_model()
