@@ -5,7 +5,6 @@
 Without it every process holds the whole model (DistributedDataParallel).
 """
 
-import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..crnet.tensor_parallel import check_block
+from ..crnet.split_rules import check_split
 from ..errors import ConfigError, DataError
 from ..private import let_cpus_share_models
 from ..ranges import COUNT, out_of_range, where
@@ -90,13 +89,10 @@ class Parallel:
         self.distributed_config(processes)
         if self.tensor_parallel == 1:
             return
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         try:
-            for block in model.get_decoder().blocks:
-                check_block(block, self.tensor_parallel)
+            for layer_idx in range(config.num_hidden_layers):
+                places, attention = config.places(layer_idx), config.attention_shape(layer_idx)
+                check_split(type(config).__name__.removesuffix("Config"), places, attention, self.tensor_parallel)
         except ValueError as error:
             raise ConfigError(f"parallel: {error}") from None
 
