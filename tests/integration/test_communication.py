@@ -9,7 +9,6 @@ from collections import Counter
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed import DistributedConfig
@@ -26,6 +25,7 @@ from crosslayer.accounting import (
 from crosslayer.accounting.methods import method_of
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
 from peak_memory import allocated, allocated_peak, make_step
+from processes import spawn
 
 pytestmark = pytest.mark.slow
 
@@ -176,7 +176,7 @@ def found(tmp_path_factory):
         CRNetForCausalLM(config_of(fields)).save_pretrained(folder / fields)
     for _, fields in PEAKS:
         CRNetForCausalLM(config_of(fields, WIDE)).save_pretrained(folder / f"wide_{fields}")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=4)
+    spawn(worker, (str(folder),), nprocs=4)
     return {
         case: counts
         for world in (2, 4)

@@ -14,12 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import distributed as dist
-from torch import multiprocessing
 
 from crosslayer.errors import RunStoppedError
 from crosslayer.train import build_recipe
 from crosslayer.train.run import pretrain
 from crosslayer.train.trainer import PretrainTrainer
+from processes import spawn
 from tiny_run import tiny_content
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,7 @@ def as_one_of_two(rank, root):
 def two(tmp_path_factory):
     """(folder, what both processes say)."""
     root = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(as_one_of_two, (root,), nprocs=2)
+    spawn(as_one_of_two, (root,), nprocs=2)
     results = [torch.load(root / f"result-{rank}.pt") for rank in (0, 1)]
     assert not any("failed" in result for result in results), results
     return root, results

@@ -5,13 +5,13 @@ import traceback
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 from crosslayer.crnet import CRNetForCausalLM
 from model_cases import model_of, tokens
+from processes import spawn
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +136,7 @@ def results(tmp_path_factory):
     """All of them in one pair of processes, since starting those costs more than the training."""
     folder = tmp_path_factory.mktemp("distributed")
     model_of("gqa").save_pretrained(folder / "gqa")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    spawn(worker, (str(folder),), nprocs=WORLD)
     return torch.load(folder / "results.pt")
 
 

@@ -5,11 +5,11 @@ import traceback
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.distributed.fsdp import fully_shard
 
 from family_cases import FAMILY_CASES, tokens
 from model_cases import gradients
+from processes import spawn
 from tolerances import assert_all_close, assert_close
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    spawn(worker, (str(folder),), nprocs=WORLD)
     return torch.load(folder / "results.pt")
 
 

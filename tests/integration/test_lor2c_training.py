@@ -6,12 +6,12 @@ import socket
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import multiprocessing
 from transformers import Trainer, TrainingArguments
 
 from crosslayer import LoR2CConfig, LoR2CStructureCallback
 from crosslayer.lor2c import AdaptedBlocks
 from lor2c_cases import base_model
+from processes import spawn
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -59,7 +59,7 @@ def test_processes_agree_and_equal_one_process(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(worker, (str(tmp_path), port), nprocs=WORLD)
+    spawn(worker, (str(tmp_path), port), nprocs=WORLD)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
     structure, history, weights = train(str(tmp_path / "alone"), 4)
     assert [action for _, action, _ in history] == ["fuse", "inject"]

@@ -8,12 +8,12 @@ import socket
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
 from crosslayer.loading import load_saved
 from crosslayer.train import build_recipe
 from crosslayer.train.parallel import local
 from crosslayer.train.run import build_model, build_model_config, pretrain
+from processes import spawn
 from tiny_run import tiny_content
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,7 @@ def launch(processes, root, runs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(work, (processes, port, root, runs), nprocs=processes)
+    spawn(work, (processes, port, root, runs), nprocs=processes)
 
 
 @pytest.fixture(scope="module")

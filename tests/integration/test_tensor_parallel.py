@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
@@ -21,6 +20,7 @@ from crosslayer.accounting.methods import method_of
 from crosslayer.accounting.shapes import Shape
 from crosslayer.analysis import measure_saved_activations
 from family_cases import FAMILY_CASES, NO_DROPOUT, tokens
+from processes import spawn
 from tolerances import error_in_tolerances
 
 pytestmark = pytest.mark.slow
@@ -228,13 +228,13 @@ def one(folder):
 
 @pytest.fixture(scope="module")
 def on_two(folder):
-    multiprocessing.spawn(two, (str(folder),), nprocs=2)
+    spawn(two, (str(folder),), nprocs=2)
     return torch.load(folder / "two.pt", weights_only=False)
 
 
 @pytest.fixture(scope="module")
 def on_four(folder):
-    multiprocessing.spawn(four, (str(folder),), nprocs=4)
+    spawn(four, (str(folder),), nprocs=4)
     return torch.load(folder / "four.pt", weights_only=False)
 
 

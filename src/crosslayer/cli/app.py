@@ -8,7 +8,7 @@ CROSSLAYER_DEBUG=1 shows the traceback of an error.
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -18,7 +18,6 @@ from .common import help_without_arguments
 from .ranges import checked
 
 NAME = "crosslayer"
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 app = typer.Typer(name=NAME, rich_markup_mode=None, pretty_exceptions_enable=False)
 # What the parser raises for wrong options and verbs; typer exports it only as the base of this one.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
@@ -65,13 +64,11 @@ def run() -> None:
         code = app(standalone_mode=False, prog_name=NAME)
         if interrupt.was_interrupted():  # typer makes an exit code of it
             interrupt.end()
-        leave_process_group()
-        sys.exit(code if isinstance(code, int) else 0)
+        interrupt.leave(code if isinstance(code, int) else 0)
     except USAGE_ERROR as error:
         fail(error.format_message(), 2, error)  # type: ignore[attr-defined]
     except RunStoppedError as error:
-        leave_process_group()
-        interrupt.end(str(error), STOPPED)
+        interrupt.end(str(error), interrupt.STOPPED)
     except RunInterruptedError as error:
         interrupt.end(str(error))
     except CrossLayerError as error:
@@ -82,18 +79,11 @@ def run() -> None:
         fail(f"{type(error).__name__}: {error} (CROSSLAYER_DEBUG=1 shows where)", 1, error)
 
 
-def leave_process_group() -> None:
-    """Of a launch: gloo's threads would abort a process that ends with them."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-def fail(message: str, code: int, error: BaseException | None = None) -> None:
+def fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
     """One line on standard error, then exit."""
     if interrupt.was_interrupted():  # what a library made of it
         interrupt.end()
     if error is not None and os.environ.get("CROSSLAYER_DEBUG"):
         raise error
     print(f"{NAME}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+    interrupt.leave(code)

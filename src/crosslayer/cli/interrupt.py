@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from ..private import run_exit_functions
 
 PATIENCE_S = 1.3
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 
 _interrupted = threading.Event()
 _watching = threading.Event()
@@ -57,15 +59,28 @@ def goes_on(folder: str | Path, *, resume: bool) -> None:
     _run = (path, None if resume else _time_of(path))
 
 
-def end(message: str = "interrupted", code: int = 1) -> None:
+def end(message: str = "interrupted", code: int = 1) -> NoReturn:
     """Say the line, with the command that goes on, and exit."""
     say(message)
-    if _interrupted.is_set():
-        _leave()
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit: at once after Ctrl-C, and in a launch of several processes.
+
+    There DTensor's caches keep the process group beyond its end, and with it gloo's threads: one that lets go of a
+    tensor while the interpreter is taken down aborts the process.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    is_launched = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if is_launched and code in (0, STOPPED):
+        distributed.destroy_process_group()  # type: ignore[union-attr]
+    if _interrupted.is_set() or is_launched:
+        _leave_at_once(1 if _interrupted.is_set() else code)
     sys.exit(code)
 
 
-def _leave() -> None:
+def _leave_at_once(code: int) -> NoReturn:
     """End this process and those that work for it: what is registered for the exit is done, but nobody is waited for,
     and no library taken down piece by piece."""
     if hasattr(signal, "SIGCHLD"):
@@ -78,7 +93,7 @@ def _leave() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def say(message: str = "interrupted") -> None:
@@ -154,4 +169,4 @@ def _in_child() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-__all__ = ["PATIENCE_S", "command_to_go_on", "end", "goes_on", "say", "was_interrupted", "watch"]
+__all__ = ["PATIENCE_S", "STOPPED", "command_to_go_on", "end", "goes_on", "leave", "say", "was_interrupted", "watch"]
