@@ -108,7 +108,10 @@ def test_pretrain_names_the_command_that_goes_on(root):
     # What was there before is not this run's.
     assert "to go on" not in end_of(root, start, 0.5)
     # It does go on, and the same command goes on from there; with workers that read the data.
-    loaders = ("--dataloader_num_workers", "2")
+    loaders = (
+        "--dataloader_num_workers",
+        str(min(2, len(os.sched_getaffinity(0)))),
+    )  # torch warns of more than there are
     again = end_of(root, (*start[:-1], *loaders, "--resume"), "step 17/", to="main process alone")
     assert again.endswith(f"{command} {' '.join(loaders)} --resume")
 

@@ -310,7 +310,7 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
     - `create_optimizer`: learning-rate factors and weight decay by kind of parameter;
     - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
       Trainer is a mean of batch means);
-    - `get_eval_dataloader`: the last, smaller batch too, whatever `dataloader_drop_last` says;
+    - `get_eval_dataloader`: made once; the last, smaller batch too, whatever `dataloader_drop_last` says;
     - `log`: tokens/s, model FLOPs utilisation, the range of beta and the drift of rebuilt states beside the loss;
     - `training_step`: hands a sequence to what writes a CR-Net's health by layer and position into `health_file`.
     """
@@ -334,6 +334,7 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
         self.validation_bytes = validation_bytes
         self.write_card = write_card
         self.last_evaluation: dict[str, Any] | None = None
+        self.evaluation_loader = None
         self.throughput = Throughput(block_size)
         self.add_callback(self.throughput)
         if gradient_release:
@@ -369,12 +370,17 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
         return loss
 
     def get_eval_dataloader(self, eval_dataset=None):
-        # `dataloader_drop_last` is for training steps of equal size; evaluation reads the whole split.
+        # One for all evaluations, since accelerate keeps all that are made; of the whole split, unlike steps.
+        if eval_dataset is None and self.evaluation_loader is not None:
+            return self.evaluation_loader
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            loader = super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drop_last
+        if eval_dataset is None:
+            self.evaluation_loader = loader
+        return loader
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         started = time.perf_counter()
