@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 from crosslayer.crnet import CRNetForCausalLM
+from device_reads import reads_of
 from model_cases import model_of, tokens
 from processes import spawn
 
@@ -126,6 +127,8 @@ def worker(rank, folder):
             results[name] = train_distributed(name, rank, folder)
         except Exception:
             results[name] = traceback.format_exc()
+    model = WRAPPERS["fsdp_mixed_reversible"](model_of("gqa").train())
+    results["reads"] = reads_of(model, tokens(rows=WORLD)[rank : rank + 1])
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
@@ -148,6 +151,11 @@ def test_losses_equal_one_process(results, name):
     tolerance = 1e-2 if "bf16" in name or "mixed" in name else 1e-6
     assert losses == pytest.approx(expected, rel=tolerance)
     assert expected[-1] < expected[0] * (1 - 10 * tolerance), "the steps changed too little to compare"
+
+
+def test_one_read_in_a_forward_with_rounded_hidden_states(results):
+    """FSDP2 rounds what goes into a layer: to see that nobody else changed it must not wait for the device."""
+    assert results["reads"] == ({"tolist": 1}, {})
 
 
 def test_fsdp_refuses_mixed_dtypes_in_a_group(results):

@@ -11,7 +11,6 @@ from inspect import unwrap
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
@@ -32,7 +31,7 @@ from .drift import DriftMeter
 from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm, carry_dtype
 from .loss import fused_cross_entropy
 from .policies import current_name
-from .tape import Tape
+from .tape import Tape, read_b
 
 logger = logging.get_logger(__name__)
 
@@ -302,21 +301,20 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
 
     @torch.compiler.disable
     def _forward_on_tape(self, hidden_states: torch.Tensor, layers: list, arguments: list[dict]) -> torch.Tensor:
-        self._look_at_drift()
+        device = hidden_states.device
+        b, drift = read_b(layers, device, self._drift.latest)
+        self._look_at_drift(drift)
         policy = self._policy()
         assert policy is not None
         interval = self.config.recompute_interval if policy == self.config.recompute else None
-        bound, device_type = self.config.recompute_error_bound, hidden_states.device.type
-        tape = Tape(policy, interval, bound, layers, arguments, device_type, self._drift)
+        tape = Tape(policy, interval, self.config.recompute_error_bound, layers, arguments, b, device.type, self._drift)
         for layer in layers:
             (hidden_states,) = layer(hidden_states, tape=tape)
         return hidden_states
 
-    def _look_at_drift(self) -> None:
+    def _look_at_drift(self, drift: float | None) -> None:
         """Past the bound, gradients are no longer to be trusted: from here on states are replayed, not inverted."""
-        drift, bound = self._drift.value(), self._drift_bound()
-        if dist.is_available() and dist.is_initialized() and hasattr(self.blocks[0], "unshard"):
-            drift = _largest_of_all_processes(drift, self.device)  # all of them gather the same layers
+        bound = self._drift_bound()
         self._drift.restart()
         if drift is not None and drift > bound and not self._drifted:
             self._drifted = True
@@ -333,12 +331,6 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         return max(1e-4, 4 * torch.finfo(dtype).eps)
-
-
-def _largest_of_all_processes(value: float | None, device: torch.device) -> float | None:
-    largest = torch.tensor(-1.0 if value is None else value, device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return None if largest.item() < 0 else largest.item()
 
 
 class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):

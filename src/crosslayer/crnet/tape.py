@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
@@ -36,6 +37,7 @@ class Tape:
         error_bound: `recompute_error_bound` of the configuration.
         layers: the decoder blocks, bottom first.
         arguments: keyword arguments of each of them.
+        b: of every position of each of them, by name (`read_b`).
         device_type: of the hidden states.
         meter: where the drift goes.
     """
@@ -47,6 +49,7 @@ class Tape:
         error_bound: float,
         layers: list[Any],
         arguments: list[dict],
+        b: list[dict[str, float]],
         device_type: str,
         meter: DriftMeter | None = None,
     ) -> None:
@@ -55,9 +58,9 @@ class Tape:
         self.error_bound = error_bound
         self.layers = layers
         self.arguments = arguments
+        self.b = b
         self.call = Call(device_type)
         self.meter = meter or DriftMeter()
-        self.b = read_all_b(layers)  # None where it has to wait for the layer's weights to be gathered
         self.has_below: list[set[str]] = []
         self.can_invert: list[bool] = []
         self.can_replay: list[bool] = []
@@ -83,14 +86,11 @@ class Tape:
         Called by `run`'s Function, so without autograd. Raises RuntimeError where somebody wrote over the live hidden
         states.
         """
-        layer = self.layers[index]
         self.has_below.append(set(self.live.Y) if self.live is not None else set())
-        if self.b[index] is None:
-            self.b[index] = read_b([layer])[0]
         run = self._run_of(index)
         self.can_invert.append(run.can_invert)
         self.can_replay.append(run.can_replay)
-        h = self._enter(index, h.detach())
+        h = self._enter(index, h)
         below = self.live.Y if self.live is not None else {}
         # What the block below only handed on may belong to a state further down, which may be kept.
         in_place = () if index == 0 or index - 1 in self.states else tuple(self.layers[index - 1].places)
@@ -108,13 +108,13 @@ class Tape:
     def _run_of(self, index: int) -> BlockRun:
         """The layer with the weights that it has now. b counts only for what some layer below has, too."""
         has_below = self.has_below[index]
-        b = {name: value for name, value in (self.b[index] or {}).items() if name in has_below}
+        b = {name: value for name, value in self.b[index].items() if name in has_below}
         return BlockRun(self.layers[index], self.call, self.arguments[index], b, has_below, self.policy)
 
     def _enter(self, index: int, h: torch.Tensor) -> torch.Tensor:
         """Decides about the state before the layer, S_{index - 1}; returns the h that the layer reads."""
         if index == 0:
-            self.inputs[0] = h = h.to(torch.promote_types(h.dtype, torch.float32))
+            self.inputs[0] = h = h.detach().to(torch.promote_types(h.dtype, torch.float32))
             self.estimate = ErrorEstimate(self.error_bound, h.dtype)
             return h
         assert self.live is not None
@@ -123,12 +123,21 @@ class Tape:
                 f"The hidden states between layers {index - 1} and {index} were modified in place; return new ones, or "
                 "use recompute='none'."
             )
-        if not _same_values(h, self.live.h):  # a hook stepped in between: from here on its h counts
-            self.inputs[index] = h = h.to(self.live.h.dtype)
+        # A hook stepped in between: from here on its h counts.
+        if not (self._gave(index - 1, h) or _same_values(h, self.live.h)):
+            self.inputs[index] = h = h.detach().to(self.live.h.dtype)
             self._keep(index - 1)
         if self._has_to_be_kept(index):
             self._keep(index - 1)
         return self.inputs.get(index, self.live.h)
+
+    def _gave(self, index: int, h: torch.Tensor) -> bool:
+        """Whether autograd knows h as what the layer gave, rounded: FSDP2's mixed precision does that, and to compare
+        values would wait for the device in every layer."""
+        node: Any = h.grad_fn if h.dtype != self.live.h.dtype else None  # type: ignore[union-attr]
+        while node is not None and node.name() in _HANDS_ON:
+            node = next((below for below, _ in node.next_functions if below is not None), None)
+        return getattr(node, "tape", None) is self and node.index == index
 
     def _keep(self, index: int) -> None:
         assert self.live is not None
@@ -137,7 +146,6 @@ class Tape:
     def _has_to_be_kept(self, index: int) -> bool:
         """Whether S_{index - 1} must outlive layer `index`."""
         below, b, estimate = index - 1, self.b[index], self.estimate
-        assert b is not None
         assert estimate is not None
         if not self.can_invert[index]:
             estimate.restart()
@@ -301,24 +309,33 @@ class _LayerFunction(torch.autograd.Function):
         return None, None, d_below if needs_h else None, None, *(gradients.get(name) for name in ctx.names)
 
 
-def read_all_b(layers: list[Any]) -> list[dict[str, float] | None]:
-    """b of every layer, or None for all where some of them are sharded until their layer runs (FSDP2)."""
-    betas = [linear.beta for layer in layers for linear in cross_layer_linears(layer).values()]
-    if any(type(beta) not in (nn.Parameter, torch.Tensor) for beta in betas):
-        return [None] * len(layers)
-    return list(read_b(layers))
+_HANDS_ON = ("ToCopyBackward0", "RegisterPostBackwardFunctionBackward")
+"""Autograd's names of a change of dtype, and of FSDP2's hook on what goes into a layer."""
 
 
-def read_b(layers: list[Any]) -> list[dict[str, float]]:
-    """b of every position as numbers: one read for all, since on an accelerator each one waits."""
+def read_b(
+    layers: list[Any], device: torch.device, drift: torch.Tensor | None = None
+) -> tuple[list[dict[str, float]], float | None]:
+    """(b of every position by layer, the drift) as numbers: one read for all, since on an accelerator each one waits.
+
+    Where weights are sharded (FSDP2) a process has beta of some positions: one collective brings the others, and the
+    largest drift of all processes, which have to gather the same layers.
+    """
     linears = [cross_layer_linears(layer) for layer in layers]
     every = [linear for of_layer in linears for linear in of_layer.values()]
-    if not every:
-        return [{} for _ in layers]
+    is_sharded = dist.is_available() and dist.is_initialized() and hasattr(layers[0], "unshard")
     with torch.no_grad():
-        betas = torch.cat([linear.beta.detach() for linear in every])
-        numbers = iter(b_of(betas, betas.new_tensor([linear.beta_epsilon for linear in every])).tolist())
-    return [{position: next(numbers) for position in of_layer} for of_layer in linears]
+        found = [torch.full((1,), -1.0, device=device) if drift is None else drift.view(1)]
+        for linear in every:
+            beta = linear.beta.to_local() if hasattr(linear.beta, "to_local") else linear.beta
+            found.append(beta if beta.numel() else torch.full((1,), -torch.inf, device=device))
+        values = torch.cat([value.to(device) for value in found])
+        if is_sharded:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        epsilon = values.new_tensor([linear.beta_epsilon for linear in every])
+        largest, *numbers = torch.cat((values[:1], b_of(values[1:], epsilon))).tolist()
+    b = iter(numbers)
+    return [{name: next(b) for name in of_layer} for of_layer in linears], None if largest < 0 else largest
 
 
 def cross_layer_linears(layer: Any) -> dict[str, Any]:
@@ -332,9 +349,7 @@ def cross_layer_linears(layer: Any) -> dict[str, Any]:
 
 
 def _same_values(h: torch.Tensor, ours: torch.Tensor) -> bool:
-    """Whether h is the h that we handed out, as it was or rounded to another dtype (FSDP's mixed precision)."""
-    if h.shape != ours.shape:
-        return False
-    if h.dtype == ours.dtype:
-        return h.data_ptr() == ours.data_ptr() or torch.equal(h, ours)
-    return torch.equal(h, ours.to(h.dtype))
+    """Whether h is the h that we handed out, as it was or rounded to another dtype. Waits for the device, unless h lies
+    where ours does."""
+    same_place = h.dtype == ours.dtype and h.data_ptr() == ours.data_ptr()
+    return h.shape == ours.shape and (same_place or torch.equal(h, ours.to(h.dtype)))
