@@ -325,11 +325,13 @@ def read_b(
     every = [linear for of_layer in linears for linear in of_layer.values()]
     is_sharded = dist.is_available() and dist.is_initialized() and hasattr(layers[0], "unshard")
     with torch.no_grad():
-        found = [torch.full((1,), -1.0, device=device) if drift is None else drift.view(1)]
+        found = []
         for linear in every:
             beta = linear.beta.to_local() if hasattr(linear.beta, "to_local") else linear.beta
-            found.append(beta if beta.numel() else torch.full((1,), -torch.inf, device=device))
-        values = torch.cat([value.to(device) for value in found])
+            found.append(beta if beta.numel() else beta.new_full((1,), -torch.inf))
+        dtype = max((beta.dtype for beta in found), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        found.insert(0, torch.full((1,), -1.0, device=device) if drift is None else drift.view(1))
+        values = torch.cat([value.to(device, dtype) for value in found])
         if is_sharded:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         epsilon = values.new_tensor([linear.beta_epsilon for linear in every])
