@@ -1,6 +1,7 @@
 """A long run on a CPU: whether memory stays flat and speed steady.
 
     python benchmarks/soak.py --hours 1
+    python benchmarks/soak.py --hours 0.4 --logging_steps 1000 --out benchmarks/results/soak_short_log.json
 
 `crosslayer pretrain` runs with --max_hours, logging, evaluating and saving often; its resident memory is read every few
 seconds from outside. Memory is flat if its trend after the first tenth adds less than a hundredth to it by the end,
@@ -50,7 +51,7 @@ def trend(memory: list[tuple[float, int]]) -> float:
     return slope * (times[-1] - times[0]) / statistics.fmean(sizes)
 
 
-def measure(root: Path, hours: float, every_s: float) -> dict[str, Any]:
+def measure(root: Path, hours: float, every_s: float, logging_steps: int) -> dict[str, Any]:
     recipe = write_recipe(
         root / "soak",
         4000,
@@ -60,7 +61,7 @@ def measure(root: Path, hours: float, every_s: float) -> dict[str, Any]:
         per_device_train_batch_size=4,
         lr_scheduler_type="constant",
         eval_strategy="steps",
-        logging_steps=50,
+        logging_steps=logging_steps,
         eval_steps=500,
         save_steps=500,
     )
@@ -73,6 +74,7 @@ def measure(root: Path, hours: float, every_s: float) -> dict[str, Any]:
     last = json.loads((max(folder.glob("checkpoint-*"), key=_step) / "trainer_state.json").read_text())
     return {
         "hours": hours,
+        "logging_steps": logging_steps,
         "steps": last["global_step"],
         "memory_bytes": memory,
         "memory_trend": round(trend(memory), 5),
@@ -90,12 +92,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks at the memory")
+    parser.add_argument("--logging_steps", type=int, default=50)
     parser.add_argument("--redo", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak.json")
     options = parser.parse_args()
     results = ResultFile(options.out, "a long run on a CPU: memory and speed", redo=options.redo)
     with tempfile.TemporaryDirectory() as root:
-        found = results.section("soak", lambda: measure(Path(root), options.hours, options.every))
+        found = results.section("soak", lambda: measure(Path(root), options.hours, options.every, options.logging_steps))
     is_flat = abs(found["memory_trend"]) < 0.01
     is_steady = abs(found["speed_last_over_first_third"] - 1) < 0.1
     print(f"{found['steps']:,} steps in {found['hours']:g} h")
