@@ -177,7 +177,10 @@ def test_ablations(script, ablation_options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "RANKS", (6,))
     kept = {name: ablations.ABLATIONS[name] for name in ("CR-Net", "b = 1, fixed")}
     monkeypatch.setattr(ablations, "ABLATIONS", kept)
-    out, texts = tmp_path / "a.json", ("--train", ablation_options.train, "--validation", ablation_options.validation)
+    out, texts = (
+        tmp_path / "ablations.json",
+        ("--train", ablation_options.train, "--validation", ablation_options.validation),
+    )
     arguments = (*texts, "--work", ablation_options.work, "--out", out, "--smoke")
     call(ablations, monkeypatch, *arguments)
     sections = json.loads(out.read_text())["sections"]
@@ -193,6 +196,12 @@ def test_ablations(script, ablation_options, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     call(ablations, monkeypatch, *arguments)
     assert json.loads(out.read_text())["sections"] == sections
+    monkeypatch.syspath_prepend(BENCHMARKS.parent / "docs")
+    pytest.importorskip("scipy")
+    from claims import claim, crnet
+
+    values, _ = crnet.learnable_b(claim.Results(out.parent))
+    assert values["crnet"].startswith(f"{sections['CR-Net']['result']['loss_mean']:.4f} ± ")
 
 
 # gpu
