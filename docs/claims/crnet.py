@@ -24,10 +24,14 @@ COMPARE_1M = (
     f"crosslayer compare --recipe crnet_1m_text {TEXTS} --per_device_train_batch_size 4 --max_steps 500 "
     "--warmup_steps 50 --tuning_runs 14 --validation_blocks 64"
 )
-COMPARE_2M = f"crosslayer compare --recipe crnet_2m_text {TEXTS} --tuning_runs 16 --tuning_steps 250"
+COMPARE_2M = (
+    f"crosslayer compare --recipe crnet_2m_text {TEXTS} --tuning_runs 16 --tuning_steps 250 --validation_blocks 148"
+)
 ABLATIONS = "python benchmarks/ablations.py --train FILE --validation FILE"
-STUDIES = ("quality.json", "compare_1m.json", "compare_5m.json")
-PROTOCOL = "`crnet_2m_text`, `crnet_1m_text`, `crnet_5m_text`: {tokens} tokens, {seeds} seeds, rates searched for each"
+STUDIES = {"quality.json": "crnet_2m_text", "compare_1m.json": "crnet_1m_text", "compare_5m.json": "crnet_5m_text"}
+"""Comparisons at equal tokens, and the recipe of each."""
+
+PROTOCOL = "{recipes}, {tokens} tokens, {seeds} seeds, rates searched for each"
 
 
 def tokens_of(comparison: dict[str, Any]) -> int:
@@ -45,12 +49,12 @@ def perplexity(method: dict[str, Any]) -> float:
 
 def against(results: Results, other: str) -> tuple[Values, list[int]]:
     """(values, `compare` of CR-Net's losses with the other's) over the studies at equal tokens that have both."""
-    contents = [results(name) for name in STUDIES]
-    contents = [content for content in contents if other in content["methods"]]
-    pairs = [(content["methods"]["crnet"], content["methods"][other]) for content in contents]
+    contents = {recipe: content for name, recipe in STUDIES.items() if other in (content := results(name))["methods"]}
+    pairs = [(content["methods"]["crnet"], content["methods"][other]) for content in contents.values()]
     shares = [ours["parameters_without_embeddings"] / theirs["parameters_without_embeddings"] for ours, theirs in pairs]
     values = {
-        "tokens": listed(f"{tokens_of(content) / 1e6:.2f}M" for content in contents),
+        "recipes": listed(f"`{recipe}`" for recipe in contents),
+        "tokens": listed(f"{tokens_of(content) / 1e6:.2f}M" for content in contents.values()),
         "seeds": min(len(ours["losses"]) for ours, _ in pairs),
         "perplexities": listed(f"{perplexity(ours):.1f} ({perplexity(theirs):.1f})" for ours, theirs in pairs),
         "losses": listed(f"{losses(ours['losses'])} ({losses(theirs['losses'])})" for ours, theirs in pairs),

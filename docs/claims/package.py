@@ -1,7 +1,7 @@
 """Our own claims: README.md, and what docs/ says beyond it."""
 
 from .claim import OURS, README, Found, Results, Values, claim, compare, listed, losses
-from .crnet import COMPARE_1M, COMPARE_2M, INVERT, perplexity, tokens_of
+from .crnet import COMPARE_1M, COMPARE_2M, INVERT, STUDIES, perplexity, tokens_of
 
 
 @claim(
@@ -174,7 +174,7 @@ def suggested_ranks(results: Results) -> Found:
     rule="each is 0.45 to 0.55",
 )
 def half_of_the_layers(results: Results) -> Found:
-    methods = [results(name, "methods") for name in ("quality.json", "compare_1m.json", "compare_5m.json")]
+    methods = [results(name, "methods") for name in STUDIES]
     sizes = [[m[name]["parameters_without_embeddings"] for name in ("crnet", "dense")] for m in methods]
     shares = [ours / theirs for ours, theirs in sizes]
     return {"shares": listed(f"{share:.2f}" for share in shares)}, all(0.45 <= share <= 0.55 for share in shares)

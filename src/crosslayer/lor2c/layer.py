@@ -185,6 +185,11 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
             span = self.spans[name]
             if span is None:
                 continue
+            if self.in_features != h_out.shape[-1]:
+                raise ConfigError(
+                    f"{self.name}: a block that reads width {self.in_features} and puts out width {h_out.shape[-1]} "
+                    "has no residual. Leave it out with exclude_modules."
+                )
             here = self.number
             rows = None if self.rows is None else self.rows[name].to(h_out.device)
             if self.reads[name] == "output":
@@ -201,11 +206,6 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
                     self.stack.hand_on(name, passed)
                     continue
                 delta = passed
-            if delta.shape[-1] != h_out.shape[-1]:
-                raise ConfigError(
-                    f"{self.name}: a block that reads width {delta.shape[-1]} and puts out width {h_out.shape[-1]} has "
-                    "no residual. Leave it out with exclude_modules."
-                )
             delta = delta.to(h_out.device, h_out.dtype)
             h_out = h_out + delta if rows is None else h_out.index_add(0, rows, delta)
         return h_out
