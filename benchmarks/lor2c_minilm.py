@@ -47,6 +47,7 @@ METHODS = {
     "mergelor2c": {"method": "mergelor2c", "r": 8, "max_fuses": 1, **STRUCTURE},
     "injectlor2c": {"method": "injectlor2c", "r": 8, "max_injections": 2, **STRUCTURE},
     "imlor2c": {"method": "imlor2c", "r": 8, "max_fuses": 1, "max_injections": 2, **STRUCTURE},
+    "lor2c_no_residual": {"method": "lor2c", "r": 8, "reads": "output"},
     "lora_same_r": {"method": "lora", "r": 8},
     "lora_same_parameters": {"method": "lora", "r": 4},
     "full": {"method": "full"},

@@ -10,10 +10,13 @@ from typing import Any
 
 
 class ResultFile:
-    """{"what": ..., "sections": {name: {"run": ..., "seconds": ..., ...what was measured}}}."""
+    """{"what": ..., "sections": {name: {"run": ..., "seconds": ..., ...what was measured}}}.
 
-    def __init__(self, path: Path, what: str, *, redo: bool = False) -> None:
-        self.path, self.redo = path, redo
+    `command` stands for the command line where that names folders of this machine.
+    """
+
+    def __init__(self, path: Path, what: str, *, redo: bool = False, command: str | None = None) -> None:
+        self.path, self.redo, self.command = path, redo, command
         known = json.loads(path.read_text()) if path.is_file() else {}
         self.content: dict[str, Any] = {**known, "what": what, "sections": known.get("sections", {})}
 
@@ -33,7 +36,7 @@ class ResultFile:
         print(f"{name} ...", flush=True)
         started = time.perf_counter()
         found = measure()
-        run = describe_run(script_command())
+        run = describe_run(self.command or script_command())
         self.content["sections"][name] = {**found, "seconds": round(time.perf_counter() - started, 1), "run": run}
         self.save()
         return self[name]

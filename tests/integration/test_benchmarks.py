@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny_run import write_texts
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -130,6 +132,76 @@ def test_an_interval_beyond_a_gap_does_not_count(script):
     unbroken = script("memory")._unbroken
     assert unbroken([8, 12, 16, 24], [8, 12, 24]) == [8, 12]
     assert unbroken([8, 12], [12]) == []
+
+
+# ablations
+
+
+@pytest.fixture
+def ablation_options(tmp_path):
+    texts = write_texts(tmp_path / "texts")
+    lines = [json.dumps({"text": path.read_text()}) for path in sorted(texts.iterdir())]
+    for name, part in (("train", lines[:45]), ("valid", lines[45:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    return argparse.Namespace(
+        train=tmp_path / "train.jsonl", validation=tmp_path / "valid.jsonl", work=tmp_path / "work", smoke=False
+    )
+
+
+def test_ablations_are_what_they_say(script, ablation_options):
+    ablations = script("ablations")
+    base = ablations.base_content(ablation_options)
+    about = {
+        name: ablations.about(ablations.content_for(changes, base, None), ablation_options)
+        for name, changes in ablations.ABLATIONS.items()
+    }
+    sizes = {name: content["parameters_without_embeddings"] for name, content in about.items()}
+    layer, low_rank = 4 * 64**2 + 3 * 64 * 172, 16 * (11 * 64 + 3 * 172)
+    norms, betas = 13 * 64, 5 * 7
+    assert sizes["dense"] == 6 * layer + norms
+    assert sizes["CR-Net"] == layer + 5 * low_rank + norms + betas
+    assert sizes["b = 1, fixed"] == sizes["ranks middle high, ends low"] == sizes["CR-Net"]
+    assert sizes["no carried term"] == sizes["CR-Net"] - betas
+    assert sizes["low-rank first layer"] == 6 * low_rank + norms + betas
+    assert sizes["low-rank first layer, equal parameters"] == pytest.approx(sizes["CR-Net"], rel=0.03)
+    (tokens,) = {content["tokens"] for content in about.values()}
+    assert tokens == pytest.approx(20 * sizes["dense"], rel=0.001)
+    rates = {"embedding": 0.01, "low_rank": 0.004, "full_rank": 0.001}
+    factors = ablations.content_for({}, base, rates)["parameter_groups"]
+    assert [factors[f"{kind}_lr_factor"] for kind in rates] == [5, 2, 0.5]
+
+
+@pytest.mark.slow
+def test_ablations(script, ablation_options, tmp_path, monkeypatch, capsys):
+    ablations = script("ablations")
+    monkeypatch.setattr(ablations, "RANKS", (6,))
+    kept = {name: ablations.ABLATIONS[name] for name in ("CR-Net", "b = 1, fixed")}
+    monkeypatch.setattr(ablations, "ABLATIONS", kept)
+    out, texts = (
+        tmp_path / "ablations.json",
+        ("--train", ablation_options.train, "--validation", ablation_options.validation),
+    )
+    arguments = (*texts, "--work", ablation_options.work, "--out", out, "--smoke")
+    call(ablations, monkeypatch, *arguments)
+    sections = json.loads(out.read_text())["sections"]
+    assert list(sections) == ["CR-Net", "b = 1, fixed", "rank 6"]
+    assert all(len(set(section.get("losses") or section["result"]["losses"])) == 3 for section in sections.values())
+    assert sections["CR-Net"]["result"]["rates"] == sections["rank 6"]["tuning"][0]["rates"]
+    trace = sections["rank 6"]["traces"][0]
+    assert [line["step"] for line in trace] == list(range(1, 7))
+    assert trace[-1]["b"]["min"] < trace[-1]["b"]["mean"] < trace[-1]["b"]["max"]
+    assert len(trace[-1]["gradient_norm"]) == 5
+    assert str(tmp_path) not in out.read_text()
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    call(ablations, monkeypatch, *arguments)
+    assert json.loads(out.read_text())["sections"] == sections
+    monkeypatch.syspath_prepend(BENCHMARKS.parent / "docs")
+    pytest.importorskip("scipy")
+    from claims import claim, crnet
+
+    values, _ = crnet.learnable_b(claim.Results(out.parent))
+    assert values["crnet"].startswith(f"{sections['CR-Net']['result']['loss_mean']:.4f} ± ")
 
 
 # gpu

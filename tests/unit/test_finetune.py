@@ -250,11 +250,19 @@ def test_the_head_takes_its_own_rate(root):
         ({"method": "mergelor2c", "max_fuses": "many"}, "max_fuses='many' must be auto"),
         ({"method": "mergelor2c", "parameter_budget": 99}, "parameter_budget: only for max_fuses=auto"),
         ({"method": "lora", "validation_budget": 0.1}, "validation_budget: only for"),
+        ({"method": "lora", "reads": "output"}, "reads='output': only for LoR2C"),
+        ({"reads": "both"}, "reads='both' must be one of input, output"),
     ],
 )
 def test_adapters_that_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
         AdapterConfig(**settings)
+
+
+def test_what_lor2c_reads_reaches_its_configuration(root):
+    model = AutoModelForSequenceClassification.from_pretrained(root / "encoder")
+    adapted = attach(model, AdapterConfig(r=2, reads="output"), "classification").model
+    assert adapted.peft_config["default"].reads == "output"
 
 
 def test_budgets_of_auto_reach_the_callback(root):

@@ -78,6 +78,42 @@ class TestInitialisation:
         model(IDS, labels=IDS).loss.backward()
         assert all(layer.lor2c_B["default"].weight.grad.abs().max() > 0 for layer in AdaptedBlocks(model).layers)
 
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_reads_output(self, fused):
+        """Against a hook that says so: h + (alpha / r) h A' B' with h = Block(h_in), at the last of fused blocks."""
+        model = llama(reads="output").double()
+        if fused:
+            model.base_model.fuse(0, 1, survivor="first")
+        blocks = AdaptedBlocks(model)
+        owners = {span.last: blocks.layers[span.owner] for span in blocks.structure.spans}
+        reference = base_model("llama").double()
+        for number, layer in owners.items():
+            update = 2.0 * layer.lor2c_A["default"].weight.T @ layer.lor2c_B["default"].weight.T
+            reference.model.layers[number].register_forward_hook(lambda block, x, h, update=update: h + h @ update)
+        assert_close(logits(model), logits(reference))
+        of_input = llama().double()
+        if fused:
+            of_input.base_model.fuse(0, 1, survivor="first")
+        assert_far(logits(of_input), logits(reference))
+        assert blocks.num_parameters() == AdaptedBlocks(of_input).num_parameters()
+
+    @pytest.mark.parametrize(("reads", "passes"), [("input", True), ("output", False)])
+    def test_gradients_around_a_block_that_lets_none_through(self, reads, passes):
+        model = llama(reads=reads)
+        block = AdaptedBlocks(model).layers[1].get_base_layer()
+        block.forward = lambda hidden_states, *args, **kwargs: hidden_states.detach()
+        model(IDS, labels=IDS).loss.backward()
+        gradient = AdaptedBlocks(model).layers[0].lor2c_B["default"].weight.grad
+        assert (gradient is not None and gradient.abs().max().item() > 0) is passes
+
+    def test_reads_is_saved(self, tmp_path):
+        model = llama(reads="output")
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(base_model("llama"), tmp_path)
+        equal(logits(again), logits(model.eval()))
+        with pytest.raises(ConfigError, match="reads='both' must be one of input, output"):
+            LoR2CConfig(reads="both")
+
     def test_patterns_and_selection(self):
         model = llama(rank_pattern={"layers.1": 3}, alpha_pattern={"layers.2": 2})
         layers = AdaptedBlocks(model).layers

@@ -7,6 +7,8 @@ from peft import PeftConfig
 
 from ..errors import ConfigError
 
+READS = ("input", "output")
+
 
 class LoR2CPeftType(str, Enum):  # noqa: UP042 - as peft's own PeftType, which cannot be extended
     """The name under which PEFT knows the method."""
@@ -36,6 +38,9 @@ class LoR2CConfig(PeftConfig):
         rank_pattern: {name or regular expression of a block: r}.
         alpha_pattern: {name or regular expression of a block: lor2c_alpha}.
         modules_to_save: modules trained and saved whole, a classifier for one.
+        reads: "input" of the block (the paper), or its "output": as many parameters in the same places without the path
+            around the block, h_out = h + (lor2c_alpha / r) B(A(dropout(h))) with h = Block(h_in). The ablation of the
+            residual; an adapter in series instead of in parallel (arXiv 2110.04366).
         share_A: all blocks use one A and keep their own B (ShareLoR2C).
         injectable: create the pairs that `inject` switches on, one for each inject target of each block. They exist,
             idle, from the start, so that optimizer and checkpoints never change shape. None: true if another
@@ -61,6 +66,7 @@ class LoR2CConfig(PeftConfig):
     rank_pattern: dict = field(default_factory=dict, metadata={"help": "{block: r}"})
     alpha_pattern: dict = field(default_factory=dict, metadata={"help": "{block: lor2c_alpha}"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    reads: str = field(default="input", metadata={"help": "The block's `input` (the paper) or `output` (ablation)."})
     share_A: bool = field(default=False, metadata={"help": "One A for all blocks."})
     injectable: bool | None = field(default=None, metadata={"help": "Create the pairs that `inject` switches on."})
     inject_r: int | None = field(default=None, metadata={"help": "Rank of an injected pair. None: r // 2."})
@@ -94,6 +100,8 @@ class LoR2CConfig(PeftConfig):
                 problems.append(f"{name}={rank!r} must be a positive integer")
         if not 0 <= self.lor2c_dropout < 1:
             problems.append(f"lor2c_dropout={self.lor2c_dropout!r} must lie in [0, 1)")
+        if self.reads not in READS:
+            problems.append(f"reads={self.reads!r} must be one of {', '.join(READS)}")
         if self.target_modules == "all-linear":
             problems.append(
                 "target_modules='all-linear' names linears, but LoR2C goes around whole blocks: leave it out, or name "

@@ -53,7 +53,7 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lor2c_A", "lor2c_B", "lor2c_inject_A", "lor2c_inject_B")
-    other_param_names = ("lor2c_dropout", "lor2c_state", "r", "scaling", "inject_r", "inject_scaling", "spans")
+    other_param_names = ("lor2c_dropout", "lor2c_state", "r", "scaling", "reads", "inject_r", "inject_scaling", "spans")
 
     def __init__(self, block: nn.Module, name: str, width: int) -> None:
         super().__init__()
@@ -67,6 +67,7 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         self.lor2c_state = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.reads: dict[str, str] = {}  # what A reads: the block's "input" or, without the path around it, "output"
         self.inject_r: dict[str, int] = {}
         self.inject_scaling: dict[str, float] = {}
 
@@ -93,11 +94,13 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         dropout: float,
         init_weights: bool,
         shared_A: nn.Module | None = None,
+        reads: str = "input",
     ) -> None:
         """Creates A, B and the state of one adapter; A is `shared_A` where blocks share theirs."""
         d = self.in_features
         self.r[adapter_name] = r
         self.scaling[adapter_name] = scaling
+        self.reads[adapter_name] = reads
         self.lor2c_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lor2c_A[adapter_name] = shared_A if shared_A is not None else nn.Linear(d, r, bias=False)
         self.lor2c_B[adapter_name] = _zero_unless(not init_weights, nn.Linear(r, d, bias=False))
@@ -177,13 +180,23 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
 
     def add_residual(self, h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
         """What the block's hook does: h_out [B, T, d] with every residual that is added at this block."""
+        of_block = h_out
         for name in self.running():
             span = self.spans[name]
             if span is None:
                 continue
+            if self.in_features != h_out.shape[-1]:
+                raise ConfigError(
+                    f"{self.name}: a block that reads width {self.in_features} and puts out width {h_out.shape[-1]} "
+                    "has no residual. Leave it out with exclude_modules."
+                )
             here = self.number
             rows = None if self.rows is None else self.rows[name].to(h_out.device)
-            if not span.is_fused:
+            if self.reads[name] == "output":
+                if here < span.last:
+                    continue
+                delta = self.stack.layers[span.owner](of_block if rows is None else of_block[rows], name)
+            elif not span.is_fused:
                 delta = self(h_in if rows is None else h_in[rows], name)
             else:
                 passed = h_in if here == span.first else self.stack.take(name)
@@ -193,11 +206,6 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
                     self.stack.hand_on(name, passed)
                     continue
                 delta = passed
-            if delta.shape[-1] != h_out.shape[-1]:
-                raise ConfigError(
-                    f"{self.name}: a block that reads width {delta.shape[-1]} and puts out width {h_out.shape[-1]} has "
-                    "no residual. Leave it out with exclude_modules."
-                )
             delta = delta.to(h_out.device, h_out.dtype)
             h_out = h_out + delta if rows is None else h_out.index_add(0, rows, delta)
         return h_out

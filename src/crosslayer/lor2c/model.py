@@ -164,6 +164,7 @@ class LoR2CModel(BaseTuner):
             peft_config.lor2c_dropout,
             peft_config.init_weights,
             self._shared_A(adapter_name) if peft_config.share_A else None,
+            peft_config.reads,
         )
         if peft_config.injectable:
             targets = inject_targets(target, current_key, peft_config.inject_target_modules)

@@ -37,6 +37,7 @@ RANGES = {
     "r": COUNT,
     "alpha": ABOVE_0,
     "dropout": SHARE,
+    "reads": one_of(("input", "output")),
     "target_modules": Range(
         "names of modules, or a regular expression", lambda value: bool(value) and all(map(bool, value))
     ),
@@ -76,6 +77,10 @@ class AdapterConfig:
     target_modules: list[str] | str | None = None
     """LoR2C: the blocks; None = the longest list. LoRA: the linears; None = PEFT's choice for the model (query and
     value mostly), all linears where PEFT has none."""
+
+    reads: str = "input"
+    """LoR2C: what a module reads, the block's input or output. output takes its path around the block away and leaves
+    its parameters: the ablation of the residual."""
 
     max_fuses: int | str | None = None
     """mergelor2c, imlor2c: how often two modules are fused, or auto. None = 1 (the paper's best with 3 injections)."""
@@ -121,6 +126,8 @@ class AdapterConfig:
                 continue
             if self.method not in methods:
                 problems.append(f"{name} is for {' and '.join(methods)}, not for method={self.method!r}")
+        if self.method in FINETUNING and not self.is_lor2c and self.reads != "input":
+            problems.append(f"reads={self.reads!r}: only for LoR2C and its variants, not for method={self.method!r}")
         if self.method in FINETUNING and self.method not in CHANGING:
             idle = [
                 name for name in _OF_CHANGES if getattr(self, name) != type(self).__dataclass_fields__[name].default
@@ -263,6 +270,7 @@ def _lor2c_config(model: Any, adapter: AdapterConfig, task_type: str) -> Any:
         lor2c_alpha=adapter.alpha,
         lor2c_dropout=adapter.dropout,
         target_modules=adapter.target_modules,
+        reads=adapter.reads,
         share_A=adapter.method == "sharelor2c",
         injectable=adapter.method in INJECTING,
     )
