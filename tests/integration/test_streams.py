@@ -108,3 +108,4 @@ def test_documents_are_trained_on_once(tmp_path, processes, workers, files):
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), int(sys.argv[2]), list(map(int, sys.argv[3:])))
+    os._exit(0)  # as processes.py does
