@@ -16,7 +16,7 @@ from tiny_run import tiny_content
 
 pytestmark = pytest.mark.slow
 
-STEPS, ROWS = 6, 4
+STEPS, ROWS = 4, 4
 OPTIMIZERS = ("muon", "spectron")
 SPLITS = {"ddp": {}, "fsdp": {"fsdp_size": 2}, "tp": {"tensor_parallel": 2}}
 CASES = [(optim, split) for optim in OPTIMIZERS for split in SPLITS]
@@ -25,8 +25,9 @@ TOLERANCE = {"muon": 5e-3, "spectron": 2e-5}
 
 
 def recipe_of(root, optim, readers=1, **parallel):
-    settings = {"max_steps": STEPS, "save_steps": 3, "eval_strategy": "no", "logging_steps": 1, "save_total_limit": 9}
+    settings = {"max_steps": STEPS, "save_steps": 2, "eval_strategy": "no", "logging_steps": 1, "save_total_limit": 9}
     content = tiny_content(root, optim=optim, **settings, per_device_train_batch_size=ROWS // readers, warmup_steps=1)
+    content["model"]["num_hidden_layers"] = 2
     return build_recipe({**content, "parallel": parallel})
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from ..crnet import LowRankLinear
 from ..errors import ConfigError, nearest_hint
@@ -87,6 +88,14 @@ class GroupedOptimizer:
                 groups = divide_groups(settings.pop("params"), groups)
             trainer.optimizer = optimizer_class(groups_by_mesh(groups), **settings)
         return trainer.optimizer
+
+
+def is_own(optim: Any) -> bool:
+    """Whether `optim` is of this file. Raises ConfigError for a name that transformers does not know either."""
+    names = [*(known.value for known in OptimizerNames), *MATRIX_OPTIMIZERS]
+    if optim is not None and optim not in names:
+        raise ConfigError(f"training.optim={optim!r} is none of {', '.join(names)}{nearest_hint(str(optim), names)}")
+    return optim in MATRIX_OPTIMIZERS
 
 
 def optim_name(arguments: "TrainingArguments") -> str:

@@ -27,12 +27,11 @@ from ..data.stream import TrainingStream
 from ..data.tokenizer import tokenizer_fingerprint
 from ..errors import CheckpointError, ConfigError, CrossLayerError, TrainingError
 from ..loading import MODEL_FOLDER, has_model, load_saved
-from ..methods import MATRIX_OPTIMIZERS
 from ..provenance import describe_run
 from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .callbacks import EvaluateAtTheEnd
 from .memory import choose_recompute, training_method, training_step
-from .optimizers import check_optim
+from .optimizers import check_optim, is_own
 from .parallel import check_same_data, is_split
 from .progress import shows_bars
 from .recipe import Recipe, build_recipe, read_recipe
@@ -142,7 +141,7 @@ def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     settings = {**default_training(recipe), **recipe.training}
-    own = settings.pop("optim") if settings.get("optim") in MATRIX_OPTIMIZERS else None  # no names of transformers
+    own = settings.pop("optim") if is_own(settings.get("optim")) else None  # no name that transformers knows
     arguments = training_arguments(TrainingArguments, settings, output_dir)
     arguments.optim = own or arguments.optim
     check_optim(arguments)
