@@ -86,4 +86,13 @@ def check_method(name: str, allowed: Iterable[str]) -> str:
     return name
 
 
-__all__ = ["FINETUNING", "MATRIX_OPTIMIZERS", "METHODS", "PRETRAINING", "RENAMED", "check_method", "current_method", "method_problem"]
+__all__ = [
+    "FINETUNING",
+    "MATRIX_OPTIMIZERS",
+    "METHODS",
+    "PRETRAINING",
+    "RENAMED",
+    "check_method",
+    "current_method",
+    "method_problem",
+]

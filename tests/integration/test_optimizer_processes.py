@@ -20,7 +20,7 @@ STEPS, ROWS = 4, 4
 OPTIMIZERS = ("muon", "spectron")
 SPLITS = {"ddp": {}, "fsdp": {"fsdp_size": 2}, "tp": {"tensor_parallel": 2}}
 CASES = [(optim, split) for optim in OPTIMIZERS for split in SPLITS]
-TOLERANCE = {"muon": 5e-3, "spectron": 2e-5}
+TOLERANCE = {"muon": 2e-4, "spectron": 2e-5}
 """torch's Muon orthogonalises in bfloat16, where sums in another order are off by its rounding."""
 
 

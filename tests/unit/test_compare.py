@@ -118,6 +118,30 @@ def test_optimizers_of_the_dense_model(tmp_path, method, package):
     assert row["rates"].keys() == {"embedding", "full_rank"}
 
 
+def test_optimizers_of_contenders(tmp_path):
+    base = tiny_recipe(tmp_path, optim="muon", optim_args="momentum=0.9")
+    assert recipe_of("crnet", base)["training"] == base.training
+    assert recipe_of("crnet+muon", base)["training"] == base.training
+    for name, optim in (("dense+adamw", "adamw_torch_fused"), ("cola+spectron", "spectron")):
+        content = recipe_of(name, base)
+        assert content["training"]["optim"] == optim
+        assert "optim_args" not in content["training"]  # those of another optimizer
+        assert content["model"] == recipe_of(name.partition("+")[0], base)["model"]
+    methods = ("cola", "cola+muon", "cola+spectron")
+    out = tmp_path / "out"
+    content = compare(tiny_recipe(tmp_path), Options(methods=methods, **{**QUICK, "seeds": 1, "tuning_runs": 3}), out)
+    rows = content["methods"]
+    assert [rows[name]["label"] for name in methods] == ["CoLA", "CoLA, Muon", "CoLA, Spectron"]
+    assert len({rows[name]["loss_mean"] for name in methods}) == 3
+    assert len({rows[name]["parameters"] for name in methods}) == 1
+    for name in methods:
+        assert rows[name]["rates"].keys() == {"embedding", "low_rank"}
+        assert len(rows[name]["tuning"]) == 3
+        assert f"| {rows[name]['label']} |" in (out / "compare.md").read_text()
+    states = {name: row["peak_memory_bytes"]["optimizer"] for name, row in rows.items()}
+    assert states["cola+muon"] < states["cola+spectron"] < states["cola"]
+
+
 # The whole
 
 

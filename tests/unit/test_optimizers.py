@@ -1,4 +1,4 @@
-"""Muon and Spectron: steps against float64, the bound, which parameter is stepped by what, runs and their resumption."""
+"""Muon and Spectron: steps against float64, the bound, which parameter is stepped by what, runs, resumption."""
 
 import math
 import shutil
@@ -12,16 +12,16 @@ from crosslayer.errors import ConfigError
 from crosslayer.loading import load_saved
 from crosslayer.methods import MATRIX_OPTIMIZERS
 from crosslayer.train import build_recipe
-from crosslayer.train.optimizers import MatrixOptimizer, matrix_groups, matrix_settings, part_names
-from crosslayer.train.parameter_groups import ParameterGroups, divide_groups, group_names, optimizer_groups
+from crosslayer.train.optimizers import check_optim, matrix_settings, part_names
+from crosslayer.train.parameter_groups import group_names
 from crosslayer.train.run import build_arguments, pretrain
 from crosslayer.train.spectron import FIRST_ITERATIONS, Spectron, orthogonalized, product_rate, spectral_norm
 from family_cases import FAMILY_CASES
 from model_cases import CASES, config_of, model_of
+from optimizer_cases import optimizer_of
 from tiny_run import tiny_content, tiny_recipe
 
 RANK, IN, OUT = 6, 20, 33
-FACTORS = ParameterGroups(embedding_lr_factor=2.0, full_rank_lr_factor=0.1, low_rank_lr_factor=3.0, beta_lr_factor=0.5)
 
 
 def factor(*shape, seed=0):
@@ -47,9 +47,7 @@ def polynomial_polar(matrix, steps=5, last=True):
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize(
-    ("rule", "ratio"), [(None, math.sqrt(OUT / IN)), ("match_rms_adamw", 0.2 * math.sqrt(OUT))]
-)
+@pytest.mark.parametrize(("rule", "ratio"), [(None, math.sqrt(OUT / IN)), ("match_rms_adamw", 0.2 * math.sqrt(OUT))])
 def test_steps_of_spectron(rule, ratio, nesterov):
     lr, decay, momentum = 0.05, 0.1, 0.9
     A, B = nn.Parameter(factor(RANK, IN)), nn.Parameter(factor(OUT, RANK, seed=1))
@@ -189,17 +187,6 @@ def arguments_of(tmp_path, optim, **training):
     return build_arguments(tiny_recipe(tmp_path, optim=optim, **training), tmp_path / "unused")
 
 
-class Arguments:
-    """The part of TrainingArguments that groups are made from."""
-
-    optim_args, adam_beta1, adam_beta2, adam_epsilon = None, 0.9, 0.999, 1e-8
-
-
-def optimizer_of(model, name, lr=1e-2, decay=0.1):
-    groups = divide_groups(matrix_groups(model, name, Arguments()), optimizer_groups(model, FACTORS, lr, decay))
-    return MatrixOptimizer(groups)
-
-
 @pytest.mark.parametrize("optim", MATRIX_OPTIMIZERS)
 @pytest.mark.parametrize("case", [*CASES, *FAMILY_CASES])
 def test_every_parameter_is_stepped_by_one(case, optim):
@@ -301,8 +288,6 @@ def test_wrong_settings(tmp_path, training, message):
 
 
 def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    from crosslayer.train.optimizers import check_optim
-
     arguments = arguments_of(tmp_path, "muon")
     arguments.deepspeed = {"zero_optimization": {"stage": 1}}
     with pytest.raises(ConfigError, match="deepspeed hands an optimizer a flat part"):
@@ -318,4 +303,8 @@ def test_spectron_does_not_step_in_the_backward(tmp_path):
 
 def test_settings_of_matrices():
     assert matrix_settings(None) == {}
-    assert matrix_settings("ns_steps=6, nesterov=TRUE,momentum=0.5") == {"ns_steps": 6, "nesterov": True, "momentum": 0.5}
+    assert matrix_settings("ns_steps=6, nesterov=TRUE,momentum=0.5") == {
+        "ns_steps": 6,
+        "nesterov": True,
+        "momentum": 0.5,
+    }

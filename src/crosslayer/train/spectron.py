@@ -125,8 +125,10 @@ def pairs_of(params: list[torch.Tensor]) -> Iterable[tuple[torch.Tensor, torch.T
 
 
 def product_rate(lr: float, adjust_lr_fn: str | None, out_features: int, in_features: int) -> float:
-    """eta for a product [out, in]. The two rules are `torch.optim.Muon`'s, of its author's post and of arXiv 2502.16982.
-    Raises ValueError for a rule of another name."""
+    """eta for a product [out, in]. The rules are `torch.optim.Muon`'s: of its author's post, and of arXiv 2502.16982.
+
+    Raises ValueError for a rule of another name.
+    """
     if adjust_lr_fn in (None, "original"):
         return lr * math.sqrt(max(1, out_features / in_features))
     if adjust_lr_fn == "match_rms_adamw":
