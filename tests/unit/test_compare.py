@@ -199,6 +199,18 @@ def test_without_a_search_the_rates_are_the_recipes(tmp_path):
     assert row["loss_stdev"] is None
 
 
+def test_the_final_loss_is_of_the_whole_split(tmp_path):
+    """However many blocks the curves are of."""
+    rows = {}
+    for blocks in (1, 10**6):
+        options = Options(methods=("crnet",), **{**QUICK, "tuning_runs": 0, "seeds": 1, "validation_blocks": blocks})
+        content = compare(tiny_recipe(tmp_path, max_steps=2), options, tmp_path / str(blocks))
+        rows[blocks] = content["methods"]["crnet"]
+    assert rows[1]["losses"] == rows[10**6]["losses"]
+    assert rows[1]["curves"][0][-1]["loss"] != rows[1]["losses"][0]
+    assert rows[1]["bits_per_byte"] == pytest.approx(rows[10**6]["bits_per_byte"])
+
+
 @pytest.mark.slow
 def test_seeds_and_processes_change_nothing_but_the_time(compared, tmp_path):
     """The same runs from two processes beside one another."""
