@@ -216,6 +216,23 @@ def test_a_factor_without_its_partner_is_a_matrix():
     optimizer_of(model, "spectron")
 
 
+@pytest.mark.parametrize("optim", MATRIX_OPTIMIZERS)
+def test_rates_of_a_loaded_state_are_those_that_are_taken(optim):
+    """load_state_dict puts new groups in place, which schedules then change."""
+    model = model_of("cross_layer").train()
+    optimizer = optimizer_of(model, optim)
+    optimizer.load_state_dict(optimizer.state_dict())
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for rate in (0.0, 1e-2):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        changed = [not torch.equal(weight, weights[name]) for name, weight in model.state_dict().items()]
+        assert all(changed) if rate else not any(changed)
+
+
 def test_settings_and_rates_reach_the_parts(tmp_path):
     content = tiny_content(tmp_path, optim="spectron", optim_args="momentum=0.8, nesterov=False", adam_beta2=0.95)
     report = pretrain(build_recipe({**content, "training": {**content["training"], "max_steps": 2}}), tmp_path / "run")
