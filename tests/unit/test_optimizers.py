@@ -6,12 +6,14 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from crosslayer.crnet import CRNetForCausalLM
 from crosslayer.errors import ConfigError
 from crosslayer.loading import load_saved
 from crosslayer.methods import MATRIX_OPTIMIZERS
 from crosslayer.train import build_recipe
+from crosslayer.train.arguments import training_arguments
 from crosslayer.train.optimizers import check_optim, matrix_settings, part_names
 from crosslayer.train.parameter_groups import group_names
 from crosslayer.train.run import build_arguments, pretrain
@@ -302,6 +304,11 @@ def test_gradient_release_takes_the_same_steps(tmp_path):
 def test_wrong_settings(tmp_path, training, message):
     with pytest.raises(ConfigError, match=message):
         arguments_of(tmp_path, **{"optim": "muon", **training})
+
+
+def test_fine_tuning_has_the_names_of_transformers_alone(tmp_path):
+    with pytest.raises(ConfigError, match="'muon' is not a valid OptimizerNames, please select one of"):
+        training_arguments(TrainingArguments, {"optim": "muon", "use_cpu": True}, tmp_path)
 
 
 def test_deepspeed_is_refused(tmp_path, monkeypatch):
