@@ -276,6 +276,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(optim, dtype, tmp_path):
     for index, state in states[0].items():
         assert all(torch.equal(states[1][index][name], value) for name, value in state.items())
     assert any("power_vector" in state for state in states[0].values()) == (optim == "spectron")
+    content["training"]["optim"] = "adamw_torch"
+    with pytest.raises(ConfigError, match=f"optim='adamw_torch', was '{optim}': the state of the optimizer is of its"):
+        pretrain(build_recipe(content), tmp_path / "run", resume=True)
 
 
 def test_gradient_release_takes_the_same_steps(tmp_path):
@@ -307,7 +310,7 @@ def test_wrong_settings(tmp_path, training, message):
 
 
 def test_fine_tuning_has_the_names_of_transformers_alone(tmp_path):
-    with pytest.raises(ConfigError, match="'muon' is not a valid OptimizerNames, please select one of"):
+    with pytest.raises(ConfigError, match="muon is not a valid OptimizerNames, please select one of"):
         training_arguments(TrainingArguments, {"optim": "muon", "use_cpu": True}, tmp_path)
 
 
