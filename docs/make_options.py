@@ -71,7 +71,8 @@ error shows where it was raised. `HF_HOME`, `HF_TOKEN` and the like are the hub'
 
 TRAINING = """\
 The fields of transformers' [TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer), which
-says what each does; `bf16` also takes `auto`, bf16 on a CUDA device that has it.
+says what each does; `bf16` also takes `auto`, bf16 on a CUDA device that has it, and `optim` of `pretrain` also takes
+`muon` and `spectron` ([optimizers.md](optimizers.md)).
 """
 
 TRAINING_DEFAULTS = """

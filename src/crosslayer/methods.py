@@ -45,6 +45,9 @@ FINETUNING = {
 METHODS = {**PRETRAINING, **FINETUNING}
 """Name -> what it is called in tables."""
 
+MATRIX_OPTIMIZERS = {"muon": "Muon", "spectron": "Spectron"}
+"""Optimizers of matrices by their whole, beside AdamW for the rest: name -> what it is called in tables."""
+
 RENAMED = {
     "crnet_low_rank": "crnet_invert",
     "dense_checkpointed": "dense_checkpointing",
@@ -83,4 +86,13 @@ def check_method(name: str, allowed: Iterable[str]) -> str:
     return name
 
 
-__all__ = ["FINETUNING", "METHODS", "PRETRAINING", "RENAMED", "check_method", "current_method", "method_problem"]
+__all__ = [
+    "FINETUNING",
+    "MATRIX_OPTIMIZERS",
+    "METHODS",
+    "PRETRAINING",
+    "RENAMED",
+    "check_method",
+    "current_method",
+    "method_problem",
+]

@@ -72,6 +72,12 @@ NOT_RUN = {
     "--per_device_train_batch_size 8": HUB,
     "torchrun --nproc_per_node 2 -m crosslayer pretrain --recipe crnet_1b_c4 --fsdp_size 2 "
     "--per_device_train_batch_size 16 --resume": HUB,
+    "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --optim muon": OTHERS,
+    "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --optim spectron "
+    "--optim_args 'momentum=0.9, nesterov=false'": OTHERS,
+    "crosslayer plan --model llama_7b --optimizer muon --gpu-memory 80GB --gpus 8 --sequence 4096": OTHERS,
+    "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz "
+    "--methods dense,dense+muon,crnet,crnet+muon,crnet+spectron,cola,cola+muon,cola+spectron": OTHERS,
     "crosslayer pretrain --recipe crnet_7b_c4 --recompute invert --gradient_release true --max_grad_norm 0 "
     "--gradient_accumulation_steps 1 --optim adamw_bnb_8bit --dtype bfloat16": HUB,
     "crosslayer finetune --model FacebookAI/roberta-base --task sst2 --method lor2c --output_dir runs/sst2": HUB,

@@ -9,7 +9,9 @@ from crosslayer.accounting import Adapter, Method, Shape, count_operations, coun
 from crosslayer.accounting.flops import optimizer_operations
 from crosslayer.analysis import OperationCounter
 from crosslayer.crnet import POSITIONS, CRNetForCausalLM
+from crosslayer.methods import MATRIX_OPTIMIZERS
 from model_cases import config_of
+from optimizer_cases import optimizer_of
 from peer_models import Residual, llama, sltrain_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 5, "rank": 16}
@@ -129,3 +131,18 @@ def test_optimizers():
     entries = 5 * (4 * 64 * 64 + 3 * 64 * 176)
     assert apollo == 2 * entries * 4
     assert galore > 2 * apollo  # there and back, and the SVD
+
+
+def test_orthogonalisation_by_count():
+    """Against torch's counter on the products themselves; the power method and A's zero gradients aside."""
+    for fields in ({}, {"factorization": "dense"}):
+        model = CRNetForCausalLM(config_of("cross_layer", **(WIDE | fields)))
+        for optim in MATRIX_OPTIMIZERS:
+            optimizer = optimizer_of(model, optim)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            with FlopCounterMode(display=False) as counter:
+                optimizer.step()
+            expected = optimizer_operations(model.config, Method(optimizer=optim))
+            assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)

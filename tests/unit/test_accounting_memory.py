@@ -5,6 +5,8 @@ states anyway; around a hand-written backward its own hooks keep one hidden stat
 holds.
 """
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
@@ -22,11 +24,21 @@ from crosslayer.accounting import (
     named_shape,
     saved_bytes,
 )
-from crosslayer.accounting.memory import PARTS, PRECISIONS, optimizer_bytes, state_bytes, walk
+from crosslayer.accounting.memory import (
+    PARTS,
+    PRECISIONS,
+    largest_orthogonalisation,
+    optimizer_bytes,
+    state_bytes,
+    walk,
+)
 from crosslayer.accounting.methods import policy_of
 from crosslayer.analysis import measure_saved_activations
 from crosslayer.crnet import CRNetForCausalLM
+from crosslayer.methods import MATRIX_OPTIMIZERS
+from family_cases import FAMILY_CASES
 from model_cases import config_of
+from optimizer_cases import optimizer_of
 from peak_memory import allocated_peak, make_step, tracked_peak
 from peer_models import Residual, llama, sltrain_model
 
@@ -301,3 +313,34 @@ def test_any_mix_of_dtypes():
         4 * parameters,
         2 * parameters,
     )
+
+
+@pytest.mark.parametrize("optim", MATRIX_OPTIMIZERS)
+@pytest.mark.parametrize("fields", [{}, {"factorization": "dense"}, {"factorization": "cola"}])
+def test_states_of_optimizers_of_matrices(fields, optim):
+    """Against the states themselves, and what a step holds for a moment against the allocator."""
+    # in narrower ones the buffers of bfloat16's products are larger than the matrices
+    model, method = built(**fields, hidden_size=256, intermediate_size=688, num_hidden_layers=2, rank=64)
+    optimizer = optimizer_of(model, optim)
+    make_step(model, ids_of(model))()
+    optimizer.step()
+    held = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
+    method = replace(method, optimizer=optim)
+    assert estimate_memory(model.config, step_of(), method)["optimizer"] == held
+    assert held < 8 * sum(parameter.numel() for parameter in model.parameters())
+    assert largest_orthogonalisation(Shape.of(model.config), optim) == pytest.approx(
+        allocated_peak(optimizer.step), rel=0.2
+    )
+
+
+def test_states_of_matrices_beside_experts():
+    """Stacks of experts keep two moments, their routers one."""
+    case = FAMILY_CASES["qwen3_moe_dense_first"]
+    for rank in ({}, {"factorization": "dense"}):
+        model = case.model(**rank)
+        optimizer = optimizer_of(model, "muon")
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        held = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
+        assert optimizer_bytes(model.config, Method(optimizer="muon"), 4) == held

@@ -118,6 +118,30 @@ def test_optimizers_of_the_dense_model(tmp_path, method, package):
     assert row["rates"].keys() == {"embedding", "full_rank"}
 
 
+def test_optimizers_of_contenders(tmp_path):
+    base = tiny_recipe(tmp_path, optim="muon", optim_args="momentum=0.9")
+    assert recipe_of("crnet", base)["training"] == base.training
+    assert recipe_of("crnet+muon", base)["training"] == base.training
+    for name, optim in (("dense+adamw", "adamw_torch_fused"), ("cola+spectron", "spectron")):
+        content = recipe_of(name, base)
+        assert content["training"]["optim"] == optim
+        assert "optim_args" not in content["training"]  # those of another optimizer
+        assert content["model"] == recipe_of(name.partition("+")[0], base)["model"]
+    methods = ("cola", "cola+muon", "cola+spectron")
+    out = tmp_path / "out"
+    content = compare(tiny_recipe(tmp_path), Options(methods=methods, **{**QUICK, "seeds": 1, "tuning_runs": 3}), out)
+    rows = content["methods"]
+    assert [rows[name]["label"] for name in methods] == ["CoLA", "CoLA, Muon", "CoLA, Spectron"]
+    assert len({rows[name]["loss_mean"] for name in methods}) == 3
+    assert len({rows[name]["parameters"] for name in methods}) == 1
+    for name in methods:
+        assert rows[name]["rates"].keys() == {"embedding", "low_rank"}
+        assert len(rows[name]["tuning"]) == 3
+        assert f"| {rows[name]['label']} |" in (out / "compare.md").read_text()
+    states = {name: row["peak_memory_bytes"]["optimizer"] for name, row in rows.items()}
+    assert states["cola+muon"] < states["cola+spectron"] < states["cola"]
+
+
 # The whole
 
 
@@ -175,6 +199,18 @@ def test_without_a_search_the_rates_are_the_recipes(tmp_path):
     assert row["loss_stdev"] is None
 
 
+def test_the_final_loss_is_of_the_whole_split(tmp_path):
+    """However many blocks the curves are of."""
+    rows = {}
+    for blocks in (1, 10**6):
+        options = Options(methods=("crnet",), **{**QUICK, "tuning_runs": 0, "seeds": 1, "validation_blocks": blocks})
+        content = compare(tiny_recipe(tmp_path, max_steps=2), options, tmp_path / str(blocks))
+        rows[blocks] = content["methods"]["crnet"]
+    assert rows[1]["losses"] == rows[10**6]["losses"]
+    assert rows[1]["curves"][0][-1]["loss"] != rows[1]["losses"][0]
+    assert rows[1]["bits_per_byte"] == pytest.approx(rows[10**6]["bits_per_byte"])
+
+
 @pytest.mark.slow
 def test_seeds_and_processes_change_nothing_but_the_time(compared, tmp_path):
     """The same runs from two processes beside one another."""
@@ -213,6 +249,9 @@ def test_interrupted(tmp_path, monkeypatch):
         ({"seeds": 0}, "seeds=0 must be a whole number of at least 1"),
         ({"tuning_runs": -1}, "tuning_runs=-1 must be a whole number of at least 0"),
         ({"tuning_steps": 0}, "tuning_steps=0 must be a whole number of at least 1"),
+        ({"methods": ("crnet+moun",)}, "method='crnet.moun': after . give one of adamw, .*; the nearest is muon"),
+        ({"methods": ("crnt+muon",)}, "method='crnt' is none of"),
+        ({"methods": ("galore+muon",)}, "galore is an optimizer itself; give galore or dense.muon"),
         ({"workers": 0}, "workers=0 must be a whole number of at least 1"),
         ({"validation_blocks": 0}, "validation_blocks=0 must be a whole number of at least 1"),
     ],

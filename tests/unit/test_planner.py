@@ -20,7 +20,9 @@ from crosslayer.accounting import (
     Sharding,
     Step,
     count_operations,
+    count_parameters,
     estimate_memory,
+    named_shape,
 )
 from crosslayer.accounting.devices import Device
 from crosslayer.accounting.planner import (
@@ -282,6 +284,11 @@ BAD = [
     ),
     (["--optimizer", "sgd"], ["optimizer='sgd'", "adamw_8bit"]),
     (["--optimizer", "adamw_8bit", "--method", "galore"], ["galore is trained by galore", "leave it out"]),
+    (["--optimizer", "muon", "--method", "lora"], ["optimizer='muon'", "lora is trained by adamw", "leave it out"]),
+    (
+        ["--optimizer", "spectron", "--gradient-release"],
+        ["gradient_release=True", "crnet with optimizer='spectron'", "AdamW or Muon"],
+    ),
     (["--gradient-release", "--method", "lora"], ["gradient_release=True", "not known for lora"]),
     (["--gradient-release", "--gpus", "2"], ["gradient_release=True with gpus=2", "give one device"]),
 ]
@@ -412,3 +419,21 @@ def test_devices_are_known_by_both_names():
     for name, device in DEVICES.items():
         assert make_plan("llama_60m", device=name, beside=()).device == device.name
         assert make_plan("llama_60m", device=f"NVIDIA {device.name}", beside=()).device == device.name
+
+
+def test_an_optimizer_of_matrices(tmp_path):
+    """Half of the moments of the layers; the recipe says it, and `pretrain` estimates what the plan did."""
+    adamw = make_plan("llama_1b", **ISSUE, beside=())
+    counts = count_parameters(named_shape("llama_1b", "cross_layer"))
+    for optimizer in ("muon", "spectron"):
+        plan = make_plan("llama_1b", **ISSUE, optimizer=optimizer, beside=())
+        assert plan.optimizer == optimizer
+        assert plan.recommended.recipe["training"]["optim"] == optimizer
+        assert "optim_target_modules" not in plan.recommended.recipe["training"]
+        at = {s.label: s for s in plan.settings if s.micro_batch == 1 and s.fsdp == s.tensor_parallel == 1}
+        before = {s.label: s for s in adamw.settings if s.micro_batch == 1 and s.fsdp == s.tensor_parallel == 1}
+        for label, setting in at.items():
+            saved = before[label].memory_bytes["optimizer"] - setting.memory_bytes["optimizer"]
+            assert saved == pytest.approx(4 * (counts["full_rank"] + counts["low_rank"]), rel=1e-3)
+    released = make_plan("llama_1b", gpu_memory=80e9, optimizer="muon", gradient_release=True, beside=())
+    assert released.recommended.recipe["optimizer"] == {"gradient_release": True}

@@ -35,7 +35,7 @@ def list_lighter(shape: Shape, trained: Method, request: Request) -> list[dict[s
         "precision": request.precision != "bf16",
         "gradient_release": request.gpus == 1
         and not request.gradient_release
-        and can_release(trained, shape.factorization),
+        and can_release(optimized(trained, request.optimizer), shape.factorization),
     }
     return combine([change for change in LIGHTER if is_possible[next(iter(change))]])
 

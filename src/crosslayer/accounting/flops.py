@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..methods import MATRIX_OPTIMIZERS
 from .kept import keeps_state
 from .methods import Method, policy_of
-from .parameters import optimizer_rank, trained_beside
+from .parameters import list_matrices, optimizer_rank, trained_beside
 from .shapes import Layer, Shape
 
 PARTS = ("layers", "attention", "head", "carried")
@@ -192,7 +193,10 @@ def _sltrain_product(shape: Shape, layer_idx: int) -> int:
 
 
 def optimizer_operations(config: Any, method: Method, refresh_every: int = 200) -> float:
-    """Operations of one optimizer step in projections: per step, not per token, and none for AdamW.
+    """Operations of one optimizer step in matrix products: per step, not per token, and none for AdamW.
+
+    Newton-Schulz, 5 iterations over a matrix m x n, m <= n: two products of 2 m^2 n and one of 2 m^3 each (Muon); for
+    factors one more of the two (Spectron).
 
     For a matrix m x n, m <= n, projected to rank r: down and up again, 4 m n r (GaLore), down alone, 2 m n r (APOLLO,
     whose scaling is elementwise), and GaLore's SVD of the gradient every `refresh_every` steps, about
@@ -200,6 +204,12 @@ def optimizer_operations(config: Any, method: Method, refresh_every: int = 200) 
     """
     shape = Shape.of(config)
     name = method.optimizer.removesuffix("_8bit")
+    if name in MATRIX_OPTIMIZERS:
+        sizes = ((*sorted(matrix[:2]), matrix[2]) for matrix in list_matrices(shape))
+        return sum(
+            5 * (4 * m * m * n + 2 * m**3) + (4 * m * m * n if is_factor and name == "spectron" else 0)
+            for m, n, is_factor in sizes
+        )
     if name not in ("galore", "apollo", "apollo_mini"):
         return 0.0
     rank = optimizer_rank(shape, method)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..methods import MATRIX_OPTIMIZERS
 from .kept import keeps_state, live_state_bytes, residual_bytes, saved_by_autograd, saved_bytes, state_bytes
 from .methods import Method, method_of, policy_of
 from .parameters import (
@@ -27,6 +28,7 @@ from .parameters import (
     count_parameters,
     count_relora_factors,
     count_trainable,
+    list_matrices,
     optimizer_rank,
     sparse_entries,
 )
@@ -145,6 +147,8 @@ class _Sizes:
         self.gradients_of_head = self._gradient(vocabulary + shape.final_norm)
         self.gradients_elsewhere = self._gradient(vocabulary * (1 + bool(self.counts["head"])) + around)
         self.optimizer_temporary = 0.0 if step.fused_optimizer else self.trainable * p.states / self.shards
+        if method.optimizer in MATRIX_OPTIMIZERS:
+            self.optimizer_temporary += largest_orthogonalisation(shape, method.optimizer)
         self.communication = 0.0
         if s.fsdp > 1:
             # Weights of two layers (one computed, one on its way), embeddings and head; one layer's whole gradient.
@@ -291,6 +295,7 @@ def optimizer_bytes(config: Any, method: Method, state_bytes: int, trainable: fl
                  (arXiv 2403.03507, table 1); Adam for the rest. galore_8bit: moments of one byte, the projection not
     apollo       two moments of the projected gradient, 2 r max; the projection is drawn again from a seed
                  (arXiv 2412.05270, table 1). apollo_mini: r = 1
+    muon         one moment of the layers' matrices, two of everything else. spectron: a vector [r] for each factor too
     """
     shape = Shape.of(config)
     counts = count_parameters(shape)
@@ -300,8 +305,12 @@ def optimizer_bytes(config: Any, method: Method, state_bytes: int, trainable: fl
     moment = eight_bits if name.endswith("_8bit") else state_bytes
     if name in ("adamw", "adamw_8bit", "relora"):
         return 2 * trainable * moment
-    rank = optimizer_rank(shape, method)
     split = trainable / sum(counts.values())
+    if name in MATRIX_OPTIMIZERS:
+        matrices = list(list_matrices(shape))
+        vectors = sum(min(m, n) for m, n, is_factor in matrices if is_factor and name == "spectron")
+        return (2 * sum(counts.values()) - sum(m * n for m, n, _ in matrices)) * split * moment + vectors * moment
+    rank = optimizer_rank(shape, method)
     projected = projections = 0.0
     for _, _, linear in shape.linears():
         for in_features, out_features, count in linear.position.matrices:
@@ -313,6 +322,19 @@ def optimizer_bytes(config: Any, method: Method, state_bytes: int, trainable: fl
     if name.startswith("galore"):
         total += projections * state_bytes
     return total * split
+
+
+def largest_orthogonalisation(shape: Shape, optimizer: str) -> float:
+    """Bytes around Newton-Schulz for the largest matrix, m x n, m <= n, whole on every device.
+
+    Muon: the momentum in float32, the matrix twice and its Gram matrix twice in bfloat16. Spectron, for a pair: all in
+    float32, the Gram matrix three times, the other factor's result beside it.
+    """
+    found = [0.0]
+    for rows, columns, is_factor in list_matrices(shape):
+        low, size = min(rows, columns), rows * columns
+        found.append(16 * size + 12 * low**2 if is_factor and optimizer == "spectron" else 8 * size + 4 * low**2)
+    return max(found)
 
 
 def chunk_of_tokens(tokens: int, hidden_size: int, vocab_size: int) -> int:

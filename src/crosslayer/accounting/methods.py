@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..crnet.policies import POLICIES, POLICIES_OF, Policy, current_name
-from ..methods import check_method
+from ..methods import MATRIX_OPTIMIZERS, check_method
 
 ADAMW = ("adamw", "adamw_8bit")
+OPTIMIZERS = (*ADAMW, *MATRIX_OPTIMIZERS)
+"""What may be chosen for a method; the others are what a method is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,9 @@ class Method:
             "reversible": the memory policies (docs/memory.md).
         interval: `recompute_interval` of the policy.
         adapter: only it is trained; the model is frozen.
-        optimizer: adamw, adamw_8bit, galore, galore_8bit (arXiv 2403.03507), apollo, apollo_mini (arXiv 2412.05270),
-            relora (AdamW on factors beside frozen matrices, merged from time to time; arXiv 2307.05695).
+        optimizer: adamw, adamw_8bit, muon, spectron (docs/optimizers.md), galore, galore_8bit (arXiv 2403.03507),
+            apollo, apollo_mini (arXiv 2412.05270), relora (AdamW on factors beside frozen matrices, merged from time to
+            time; arXiv 2307.05695).
         optimizer_rank: rank of the projections; of ReLoRA's factors.
     """
 
@@ -98,13 +101,17 @@ def method_of(config: Any, *, checkpointing: bool = False, optimizer: str = "ada
 
 
 def optimized(trained: Method, optimizer: str | None) -> Method:
-    """With the optimizer that is asked for, where the method's own is AdamW."""
-    return replace(trained, optimizer=optimizer) if optimizer and trained.optimizer in ADAMW else trained
+    """With the optimizer that is asked for, where it is open: of matrices by their whole where all weights are trained,
+    of 8 bits wherever AdamW trains."""
+    if optimizer is None or trained.optimizer not in OPTIMIZERS:
+        return trained
+    is_adapted = trained.adapter is not None
+    return trained if is_adapted and optimizer in MATRIX_OPTIMIZERS else replace(trained, optimizer=optimizer)
 
 
 def can_release(trained: Method, factorization: str) -> bool:
-    """Whether gradient release trains this: AdamW on all weights (train/gradient_release.py)."""
-    return trained.optimizer in ADAMW and trained.adapter is None and factorization != "sltrain"
+    """Whether gradient release trains this: AdamW or Muon on all weights (train/gradient_release.py)."""
+    return trained.optimizer in (*ADAMW, "muon") and trained.adapter is None and factorization != "sltrain"
 
 
 def named_method(name: str) -> tuple[str, Method]:
@@ -113,7 +120,7 @@ def named_method(name: str) -> tuple[str, Method]:
 
 
 __all__ = [
-    "ADAMW",
+    "OPTIMIZERS",
     "TRAININGS",
     "Adapter",
     "Method",

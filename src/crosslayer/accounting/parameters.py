@@ -3,6 +3,7 @@
 Letters: D hidden size, F width of the MLP, L layers, V vocabulary, r rank.
 """
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -151,6 +152,20 @@ def optimizer_rank(shape: Shape, method: Method) -> int:
     return 1 if method.optimizer == "apollo_mini" else method.optimizer_rank or shape.hidden_size // 4
 
 
+def list_matrices(shape: Shape) -> Iterator[tuple[int, int, bool]]:
+    """(rows, columns, is it A or B) of the matrices that Muon steps by their whole: of the layers' linears and routers,
+    without stacks of experts."""
+    for _, _, linear in shape.linears():
+        if linear.position.mixture is not None:
+            if linear.router:
+                yield linear.position.mixture.experts, linear.router // linear.position.mixture.experts, False
+        elif linear.rank is None:
+            yield linear.out_features, linear.in_features, False
+        else:
+            yield linear.rank, linear.in_features, True
+            yield linear.out_features, linear.rank, True
+
+
 def dense_counterpart(config: Any) -> Any:
     """The same shape with every linear dense: what transformers' Llama would be. A copy of what was given."""
     if isinstance(config, Shape):
@@ -169,6 +184,7 @@ __all__ = [
     "count_relora_factors",
     "count_trainable",
     "dense_counterpart",
+    "list_matrices",
     "optimizer_rank",
     "sparse_entries",
     "trained_beside",

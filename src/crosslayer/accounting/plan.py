@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import ConfigError
 from .communication import Axis, Links
 from .devices import Device
+from .methods import OPTIMIZERS
 from .steps import PRECISIONS, Sharding
 
 DEFAULT_UTILISATION = 0.4
@@ -137,7 +138,7 @@ class Request:
             whole number of micro-batches).
         tokens: of the whole training.
         precision: a name of `PRECISIONS`.
-        optimizer: adamw or adamw_8bit for methods that AdamW trains; None: the method's own.
+        optimizer: adamw, adamw_8bit, muon or spectron for methods that AdamW trains; None: the method's own.
         gradient_release: the optimizer steps within the backward, on one device and without accumulation: a step has
             the tokens of a micro-batch, at most `tokens_per_step`.
         utilisation: share of the device's peak that operations run at.
@@ -186,8 +187,8 @@ class Request:
                 (
                     "optimizer",
                     repr(self.optimizer),
-                    self.optimizer in (None, "adamw", "adamw_8bit"),
-                    "adamw or adamw_8bit; others come with their method, such as galore",
+                    self.optimizer in (None, *OPTIMIZERS),
+                    f"{', '.join(OPTIMIZERS)}; others come with their method, such as galore",
                 ),
                 (
                     "gradient_release",

@@ -20,7 +20,7 @@ from .communication import AXES, Links, count_collectives, step_seconds
 from .devices import find_device
 from .flops import Operations, count_operations, optimizer_operations
 from .memory import estimate_memory
-from .methods import ADAMW, TRAININGS, Adapter, Method, can_release, named_method, optimized, policy_of
+from .methods import OPTIMIZERS, TRAININGS, Adapter, Method, can_release, named_method, optimized, policy_of
 from .parameters import count_parameters, count_trainable
 from .plan import LINK_UTILISATION, MemoryPlan, Recommendation, Request, Setting
 from .recipe_lines import recipe_lines
@@ -310,11 +310,13 @@ def _advice(shape: Shape, candidates: list[Method], asked: Request) -> str:
 
 def _check_optimizer(name: str, shape: Shape, trained: Method, asked: Request) -> None:
     """Raises ConfigError for an optimizer, or a step within the backward, that the method does not have."""
-    if asked.optimizer is not None and optimized(trained, asked.optimizer).optimizer != asked.optimizer:
+    used = optimized(trained, asked.optimizer)
+    if asked.optimizer is not None and used.optimizer != asked.optimizer:
         raise ConfigError(f"optimizer={asked.optimizer!r}: {name} is trained by {trained.optimizer}; leave it out")
-    if asked.gradient_release and not can_release(trained, shape.factorization):
+    if asked.gradient_release and not can_release(used, shape.factorization):
+        what = name if asked.optimizer is None else f"{name} with optimizer={asked.optimizer!r}"
         raise ConfigError(
-            f"gradient_release=True: it is not known for {name}, only for AdamW on all weights; leave it out"
+            f"gradient_release=True: it is not known for {what}, only for AdamW or Muon on all weights; leave it out"
         )
 
 
@@ -339,7 +341,7 @@ def _candidates(base: Shape, name: str, rank: int | None) -> tuple[Shape, list[M
     shape = base if is_its_own else base.factorized(factorization, of_layers, density)
     if trained.adapter is not None and rank is not None:
         trained = replace(trained, adapter=replace(trained.adapter, rank=rank))
-    if trained.optimizer not in ADAMW and rank is not None:
+    if trained.optimizer not in OPTIMIZERS and rank is not None:
         trained = replace(trained, optimizer_rank=rank)
     if trained.recompute != "none":
         return shape, [trained]
@@ -352,7 +354,7 @@ def _rank_of(shape: Shape, trained: Method, asked: int | None) -> int | None:
         return trained.adapter.rank
     if shape.factorization != "dense":
         return shape.rank
-    if trained.optimizer in ADAMW:
+    if trained.optimizer in OPTIMIZERS:
         return None
     return asked or trained.optimizer_rank or shape.hidden_size // 4
 

@@ -15,6 +15,8 @@ _TRAINER_OPTIMIZERS = {
     "galore_8bit": "galore_adamw_8bit",
     "apollo": "apollo_adamw",
     "apollo_mini": "apollo_adamw",
+    "muon": "muon",
+    "spectron": "spectron",
 }
 
 
@@ -48,7 +50,7 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
         if trained.optimizer == "adamw_8bit" and best.fsdp * best.tensor_parallel > 1:
             # torchao's (pytorch/ao#484): bitsandbytes' reads out of bounds of shards (bitsandbytes#1633)
             training["optim"] = "adamw_torch_8bit"
-        if trained.optimizer != "adamw_8bit":
+        if trained.optimizer.startswith(("galore", "apollo")):
             modules = (linear.position.module.partition(".")[0] for _, _, linear in shape.linears())
             training["optim_target_modules"] = list(dict.fromkeys(modules))
             training["optim_args"] = f"rank={optimizer_rank(shape, trained)}"

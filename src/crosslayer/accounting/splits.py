@@ -2,7 +2,7 @@
 
 from ..crnet.split_rules import check_split
 from ..errors import ConfigError
-from .methods import Method
+from .methods import OPTIMIZERS, Method
 from .plan import Request
 from .shapes import Shape
 from .steps import Sharding
@@ -66,8 +66,10 @@ def check_tensor_parallel(shape: Shape, trained: Method, tensor: int) -> None:
     if tensor == 1:
         return
     optimizer = trained.optimizer
-    if shape.factorization == "sltrain" or trained.adapter is not None or optimizer not in ("adamw", "adamw_8bit"):
-        what = "adapters" if trained.adapter is not None else shape.factorization if optimizer == "adamw" else optimizer
+    if shape.factorization == "sltrain" or trained.adapter is not None or optimizer not in OPTIMIZERS:
+        what = (
+            "adapters" if trained.adapter is not None else shape.factorization if optimizer in OPTIMIZERS else optimizer
+        )
         instead = "" if _projects(trained) else ", and fsdp for more memory"
         raise ConfigError(f"tensor_parallel={tensor} is not known for {what}; give 1{instead}")
     try:

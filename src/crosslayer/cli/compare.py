@@ -14,7 +14,10 @@ def compare(
     recipe: Annotated[str, recipe_option("Of a CR-Net: a name that `crosslayer recipes` lists, or a YAML file.")],
     methods: Annotated[
         str,
-        typer.Option(help="Comma-separated: dense, crnet, crnet_silu, cola, low_rank, galore, apollo."),
+        typer.Option(
+            help="Comma-separated: dense, crnet, crnet_silu, cola, low_rank, galore, apollo; with an optimizer as in "
+            "crnet+muon: adamw, muon, spectron."
+        ),
     ] = "dense,crnet,cola,low_rank",
     seeds: Annotated[int, typer.Option(help="Runs of each method with its best learning rates.")] = 3,
     tuning_runs: Annotated[

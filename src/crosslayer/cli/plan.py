@@ -34,7 +34,8 @@ def plan(
         str, typer.Option(help="bf16_autocast (float32 weights), bf16 (everything) or float32.")
     ] = "bf16_autocast",
     optimizer: Annotated[
-        str | None, typer.Option(help="adamw or adamw_8bit, where AdamW trains [default: the method's].")
+        str | None,
+        typer.Option(help="adamw, adamw_8bit, muon or spectron, where AdamW trains [default: the method's]."),
     ] = None,
     gradient_release: Annotated[
         bool, spelled("gradient-release", "Step within the backward: one device, no accumulation.")

@@ -1,7 +1,7 @@
 """Several methods at equal data, tokens, shape and tuning effort, and what came of it."""
 
 from .comparison import compare
-from .options import CONTENDERS, Options
+from .options import CONTENDERS, Options, contender_of
 from .recipes import recipe_of
 from .report import Comparison, MethodResult, markdown_table
 from .runs import Job
@@ -14,6 +14,7 @@ __all__ = [
     "MethodResult",
     "Options",
     "compare",
+    "contender_of",
     "has_worse_neighbours",
     "markdown_table",
     "recipe_of",

@@ -6,7 +6,7 @@ from typing import Any
 from ..accounting import count_parameters
 from ..train.recipe import Recipe, build_recipe
 from ..train.run import build_model_config
-from .options import CONTENDERS
+from .options import contender_of
 
 FACTORS = {"embedding": "embedding_lr_factor", "low_rank": "low_rank_lr_factor", "full_rank": "full_rank_lr_factor"}
 """Which factor of ParameterGroups a tuned rate stands for."""
@@ -14,16 +14,21 @@ FACTORS = {"embedding": "embedding_lr_factor", "low_rank": "low_rank_lr_factor",
 
 def recipe_of(method: str, base: Recipe) -> dict[str, Any]:
     """The base recipe as a mapping, changed to this method. Raises ConfigError."""
-    contender = CONTENDERS[method]
+    contender = contender_of(method)
     content = base.to_dict()
     content["model"] = {**content["model"], **contender.model}
     if contender.equal_parameters:
         content["model"].pop("rank_pattern", None)
         content["model"]["rank"] = equal_rank(base, contender.model["factorization"])
-    if contender.optim is not None:
+    training = content["training"]
+    if contender.optim not in (None, training.get("optim")):
+        training = {
+            name: value for name, value in training.items() if name not in ("optim_args", "optim_target_modules")
+        }
+        content["training"] = {**training, "optim": contender.optim}
+    if contender.package is not None:  # of projections
         rank = content["model"].get("rank") or build_model_config(base).hidden_size // 4
         content["training"] |= {
-            "optim": contender.optim,
             "optim_args": f"rank={rank}, update_proj_gap=200, scale={0.25 if method == 'galore' else 1.0}",
             "optim_target_modules": rf".*\.({'|'.join(map(re.escape, _modules(base)))})",
         }
@@ -55,4 +60,4 @@ def equal_rank(base: Recipe, factorization: str) -> int:
 def start_rates(method: str, recipe: dict[str, Any]) -> dict[str, float]:
     """Where the search starts: the recipe's own rates."""
     rate = float(recipe["training"].get("learning_rate", 5e-5))
-    return {kind: rate * recipe["parameter_groups"][FACTORS[kind]] for kind in CONTENDERS[method].rates}
+    return {kind: rate * recipe["parameter_groups"][FACTORS[kind]] for kind in contender_of(method).rates}

@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ..methods import METHODS
 from ..provenance import Provenance
 from ..train.run_folder import write_json
-from .options import CONTENDERS
+from .options import CONTENDERS, OPTIMIZERS, label_of
 from .runs import CurvePoint, RunResult
 from .tuning import Tried, Tuning
 
@@ -53,7 +52,7 @@ def summarize(method: str, recipe: dict[str, Any], found: Tuning, runs: list[Run
     finished = [loss for loss in losses if loss is not None]
     is_complete = len(finished) == len(losses)
     return {
-        "label": METHODS[method],
+        "label": label_of(method),
         "model": recipe["model"],
         "rates": found["rates"],
         "rates_inside_grid": found["inside"],
@@ -115,7 +114,10 @@ def markdown_table(content: Comparison) -> str:
     return "\n".join(lines)
 
 
-COLOURS = ("#444444", "#1b5e9e", "#7a3fa0", "#d1660a", "#5a8f3a", "#b02a50", "#2a8f8f")
+COLOURS = dict(
+    zip(CONTENDERS, ("#444444", "#1b5e9e", "#7a3fa0", "#d1660a", "#5a8f3a", "#b02a50", "#2a8f8f"), strict=True)
+)
+STYLES = {"": "-", **dict(zip(OPTIMIZERS, ("-", "--", ":"), strict=True))}
 
 
 def draw(content: Comparison, path: Path) -> bool:
@@ -135,10 +137,11 @@ def draw(content: Comparison, path: Path) -> bool:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss (nats per token)")
     ends = []
-    for name, colour in zip(CONTENDERS, COLOURS, strict=True):
-        row = content["methods"].get(name)
-        if row is None or row["loss_mean"] is None:
+    for name, row in content["methods"].items():
+        if row["loss_mean"] is None:
             continue
+        method, _, optimizer = name.partition("+")
+        colour = COLOURS[method]
         points = list(zip(*row["curves"], strict=True))
         losses = [[run["loss"] for run in point] for point in points]
         tokens = [point[0]["tokens"] for point in points]
@@ -152,7 +155,7 @@ def draw(content: Comparison, path: Path) -> bool:
         spread = "" if row["loss_stdev"] is None else f" ± {row['loss_stdev']:.3f}"
         label = f"{row['label']}, {row['parameters_without_embeddings'] / 1e6:.2f}M: {row['loss_mean']:.3f}{spread}"
         for axes, x in zip(panels, horizontal, strict=True):
-            axes.plot(x, means, color=colour, linewidth=1.3, label=label)
+            axes.plot(x, means, STYLES[optimizer], color=colour, linewidth=1.3, label=label)
             axes.fill_between(x, [min(v) for v in losses], [max(v) for v in losses], color=colour, alpha=0.2, lw=0)
     if ends:  # the first point is far above the rest and would flatten it
         low, high = min(min(means) for means in ends), max(means[min(1, len(means) - 1)] for means in ends)

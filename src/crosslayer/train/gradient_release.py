@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit", "adamw_8bit"),
-    *("lion_8bit", "lion_32bit", "sgd", "rmsprop", "adagrad", "adafactor"),
+    *("lion_8bit", "lion_32bit", "sgd", "rmsprop", "adagrad", "adafactor", "muon"),
 )
 """Names of `optim` whose step of one parameter needs nothing of the others, and changes nothing where there is no
 gradient."""
@@ -51,6 +51,7 @@ class OptimizerConfig:
             (arguments.world_size > 1, f"{arguments.world_size} processes", "share the model instead (fsdp_size)"),
             (on_nonfinite == "skip", "on_nonfinite=skip", "choose stop: nothing is left to skip by then"),
             (arguments.fp16, "fp16", "use bf16: its scale is known after the backward only"),
+            (optimizer == "spectron", "optim=spectron", "choose muon: a step of A or B needs the gradients of both"),
             (optimizer not in OPTIMIZERS, f"optim={optimizer}", f"choose from {', '.join(OPTIMIZERS)}"),
         ):
             if is_wrong:

@@ -26,6 +26,8 @@ _OPTIMIZERS = {
     "galore_adamw": "galore",
     "galore_adamw_8bit": "galore_8bit",
     "apollo_adamw": "apollo",
+    "muon": "muon",
+    "spectron": "spectron",
 }
 
 

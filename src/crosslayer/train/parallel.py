@@ -157,11 +157,14 @@ def is_split(model: Any) -> bool:
 
 
 def groups_by_mesh(groups: Iterable[dict]) -> list[dict]:
-    """Parameter groups of which each lies on one mesh: an optimizer takes a group in one call."""
+    """Parameter groups of which each lies on one mesh: an optimizer takes a group in one call. Spectron takes pairs."""
     from torch.distributed.tensor import DTensor
 
     divided = []
     for group in groups:
+        if group.get("optimizer") == "spectron":
+            divided.append(group)
+            continue
         by_mesh: dict[Any, list[torch.nn.Parameter]] = {}
         for parameter in group["params"]:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None

@@ -31,6 +31,7 @@ from ..provenance import describe_run
 from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
 from .callbacks import EvaluateAtTheEnd
 from .memory import choose_recompute, training_method, training_step
+from .optimizers import check_optim, is_own
 from .parallel import check_same_data, is_split
 from .progress import shows_bars
 from .recipe import Recipe, build_recipe, read_recipe
@@ -139,7 +140,11 @@ def build_arguments(recipe: Recipe, output_dir: Path) -> "TrainingArguments":
     """transformers' TrainingArguments of a recipe, with `bf16: auto` decided. Raises ConfigError."""
     from transformers import TrainingArguments
 
-    arguments = training_arguments(TrainingArguments, {**default_training(recipe), **recipe.training}, output_dir)
+    settings = {**default_training(recipe), **recipe.training}
+    own = settings.pop("optim") if is_own(settings.get("optim")) else None  # no name that transformers knows
+    arguments = training_arguments(TrainingArguments, settings, output_dir)
+    arguments.optim = own or arguments.optim
+    check_optim(arguments)
     check_metric(arguments, ("loss", "perplexity", "bits_per_byte"))
     return arguments
 

@@ -24,8 +24,9 @@ from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_
 from .losses import NextTokenLoss, without_repeats
 from .measures import Health, Throughput, beta_range
 from .monitor import STATE, Monitor, StepMonitor
-from .parallel import groups_by_mesh, is_split, local, reshard
-from .parameter_groups import ParameterGroups, divide_groups, optimizer_groups
+from .optimizers import GroupedOptimizer, optim_name
+from .parallel import is_split, local, reshard
+from .parameter_groups import ParameterGroups
 from .progress import LogLines, Progress
 from .sampler import LengthGroups
 from .sharded import ShardWriter, has_shards, load_optimizer, load_weights
@@ -130,7 +131,7 @@ class SafeTrainer(Trainer):
 
     def check_optimizer(self, steps: int) -> None:
         """Make optimizer and schedule once and drop them: what they refuse shows before anything is written."""
-        name = str(getattr(self.args.optim, "value", self.args.optim))
+        name = optim_name(self.args)
         steps_in_backward = self.is_deepspeed_enabled or "lomo" in name or "layerwise" in name
         if steps_in_backward and self.monitor.settings.on_nonfinite == "skip":
             raise ConfigError(
@@ -304,10 +305,9 @@ class SafeTrainer(Trainer):
         return f"the last good checkpoint is {checkpoint} (go on from it with --resume)"
 
 
-class PretrainTrainer(StreamTrainer, SafeTrainer):
-    """SafeTrainer, for streams too, with five differences, each in one method.
+class PretrainTrainer(GroupedOptimizer, StreamTrainer, SafeTrainer):
+    """SafeTrainer, for streams and groups of parameters too, with four differences, each in one method.
 
-    - `create_optimizer`: learning-rate factors and weight decay by kind of parameter;
     - `evaluate`: token-weighted loss, perplexity and bits per byte over the whole split (`eval_loss` of the plain
       Trainer is a mean of batch means);
     - `get_eval_dataloader`: made once; the last, smaller batch too, whatever `dataloader_drop_last` says;
@@ -348,19 +348,6 @@ class PretrainTrainer(StreamTrainer, SafeTrainer):
                 gradient_release,
             )
             self.add_callback(self.health)
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        model = self.model if model is None else model
-        if self.optimizer is None:
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if {"model", "optimizer_dict"} & settings.keys():  # steps parameter by parameter (LOMO, layer-wise GaLore)
-                return super().create_optimizer(model)
-            groups = optimizer_groups(model, self.parameter_groups, self.args.learning_rate, self.args.weight_decay)
-            if "params" in settings:  # GaLore, APOLLO
-                groups = divide_groups(settings.pop("params"), groups)
-            groups = groups_by_mesh(groups)
-            self.optimizer = optimizer_class(groups, **settings)
-        return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
