@@ -1,11 +1,11 @@
 """A long run on a CPU: whether memory stays flat and speed steady.
 
     python benchmarks/soak.py --hours 1
-    python benchmarks/soak.py --hours 0.4 --logging_steps 1000 --out benchmarks/results/soak_short_log.json
 
 `crosslayer pretrain` runs with --max_hours, logging, evaluating and saving often; its resident memory is read every few
-seconds from outside. Memory is flat if its trend after the first tenth adds less than a hundredth to it by the end,
-speed steady if the medians of the first and the last third are within a tenth of each other.
+seconds from outside. Memory is flat if its trend after the first tenth adds less than a hundredth to it by the end.
+Speed is steady if the medians of the first and the last third are within a tenth of each other, once divided by the
+machine's own pace: the evaluations in between, whose work stays the same, tell whether other programs were busy.
 """
 
 import argparse
@@ -51,7 +51,13 @@ def trend(memory: list[tuple[float, int]]) -> float:
     return slope * (times[-1] - times[0]) / statistics.fmean(sizes)
 
 
-def measure(root: Path, hours: float, every_s: float, logging_steps: int) -> dict[str, Any]:
+def last_over_first_third(values: list[float]) -> float:
+    """Of their medians."""
+    third = max(len(values) // 3, 1)
+    return round(statistics.median(values[-third:]) / statistics.median(values[:third]), 3)
+
+
+def measure(root: Path, hours: float, every_s: float) -> dict[str, Any]:
     recipe = write_recipe(
         root / "soak",
         4000,
@@ -61,7 +67,7 @@ def measure(root: Path, hours: float, every_s: float, logging_steps: int) -> dic
         per_device_train_batch_size=4,
         lr_scheduler_type="constant",
         eval_strategy="steps",
-        logging_steps=logging_steps,
+        logging_steps=50,
         eval_steps=500,
         save_steps=500,
     )
@@ -70,16 +76,14 @@ def measure(root: Path, hours: float, every_s: float, logging_steps: int) -> dic
     memory = watch(command, log, every_s)
     said = log.read_text()
     speeds = [float(number.replace(",", "")) for number in re.findall(r"([\d,]+) tokens/s", said)]
-    third = max(len(speeds) // 3, 1)
     last = json.loads((max(folder.glob("checkpoint-*"), key=_step) / "trainer_state.json").read_text())
     return {
         "hours": hours,
-        "logging_steps": logging_steps,
         "steps": last["global_step"],
         "memory_bytes": memory,
         "memory_trend": round(trend(memory), 5),
         "tokens_per_s": speeds,
-        "speed_last_over_first_third": round(statistics.median(speeds[-third:]) / statistics.median(speeds[:third]), 3),
+        "speed_last_over_first_third": last_over_first_third(speeds),
         "log": last["log_history"],
     }
 
@@ -92,20 +96,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks at the memory")
-    parser.add_argument("--logging_steps", type=int, default=50)
     parser.add_argument("--redo", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak.json")
     options = parser.parse_args()
     results = ResultFile(options.out, "a long run on a CPU: memory and speed", redo=options.redo)
     with tempfile.TemporaryDirectory() as root:
-        found = results.section("soak", lambda: measure(Path(root), options.hours, options.every, options.logging_steps))
+        found = results.section("soak", lambda: measure(Path(root), options.hours, options.every))
     is_flat = abs(found["memory_trend"]) < 0.01
-    is_steady = abs(found["speed_last_over_first_third"] - 1) < 0.1
+    pace = 1 / last_over_first_third([line["eval_runtime"] for line in found["log"] if "eval_runtime" in line])
+    speed = found["speed_last_over_first_third"]
+    is_steady = abs(speed / pace - 1) < 0.1
     print(f"{found['steps']:,} steps in {found['hours']:g} h")
     print(f"memory: {found['memory_trend']:+.2%} over the run, {'flat' if is_flat else 'NOT flat'}")
     print(
-        f"speed: last third over first {found['speed_last_over_first_third']:.2f}, "
-        f"{'steady' if is_steady else 'NOT steady'}"
+        f"speed: last third over first {speed:.2f}, of evaluations {pace:.2f}, {'steady' if is_steady else 'NOT steady'}"
     )
 
 
