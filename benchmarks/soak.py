@@ -108,9 +108,8 @@ def main() -> None:
     is_steady = abs(speed / pace - 1) < 0.1
     print(f"{found['steps']:,} steps in {found['hours']:g} h")
     print(f"memory: {found['memory_trend']:+.2%} over the run, {'flat' if is_flat else 'NOT flat'}")
-    print(
-        f"speed: last third over first {speed:.2f}, of evaluations {pace:.2f}, {'steady' if is_steady else 'NOT steady'}"
-    )
+    steady = "steady" if is_steady else "NOT steady"
+    print(f"speed: last third over first {speed:.2f}, of evaluations {pace:.2f}, {steady}")
 
 
 if __name__ == "__main__":
