@@ -46,9 +46,13 @@ RUN = {
 PLACEHOLDERS = {"FOLDER_OR_HUB_NAME": "encoder"}
 
 CHECKOUT = "needs the checkout"
+EXTRA = "needs an extra"
 HUB = "needs the hub"
 OTHERS = "as one that is run, with other options, which tests/unit/test_readme.py parses"
 NOT_RUN = {
+    "pip install 'crosslayer[quantize]'": EXTRA,
+    "crosslayer generate runs/crnet_5m_text --quantize int8 --prompt 'Once upon a time'": EXTRA,
+    "crosslayer evaluate runs/crnet_5m_text --quantize int8": EXTRA,
     "make pretrain": CHECKOUT,
     "make test": CHECKOUT,
     "python benchmarks/memory.py": CHECKOUT,
@@ -116,6 +120,7 @@ PYTHON = {
     "scale.md 1": "",  # as one process; torchrun is for several
 }
 PYTHON_NOT_RUN = {
+    "inference.md 1": EXTRA,
     "lor2c.md 2": "a line with ... for what is the reader's",
     "new-family.md 1": "files of the checkout: tests/integration/test_new_family.py",
     "new-family.md 2": "files of the checkout: tests/integration/test_new_family.py",
