@@ -53,6 +53,8 @@ NOT_RUN = {
     "pip install 'crosslayer[quantize]'": EXTRA,
     "crosslayer generate runs/crnet_5m_text --quantize int8 --prompt 'Once upon a time'": EXTRA,
     "crosslayer evaluate runs/crnet_5m_text --quantize int8": EXTRA,
+    "pip install 'transformers[serving]'": EXTRA,
+    "crosslayer serve runs/crnet_5m_text --port 8000": "does not end",
     "make pretrain": CHECKOUT,
     "make test": CHECKOUT,
     "python benchmarks/memory.py": CHECKOUT,
@@ -115,6 +117,7 @@ PYTHON = {
     "crnet.md 1": "",
     "families.md 1": "",
     "finetuning.md 1": "",  # reads what the example of `finetune` on the same page wrote
+    "inference.md 2": "",
     "lor2c.md 1": f"{BERT}model = Bert(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))\n",
     "memory.md 1": "",
     "scale.md 1": "",  # as one process; torchrun is for several
