@@ -116,10 +116,8 @@ def main() -> None:
         "batches": {str(batch): measure(models, batch, **lengths) for batch in options.batches},
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n")
-    print(
-        "| weights | MB | " + " | ".join(f"{what}, {batch} rows" for batch in options.batches for what in KINDS) + " |"
-    )
-    print("|---|---|" + "---|" * (2 * len(options.batches)))
+    header = [f"{what}, batch {batch}" for batch in options.batches for what in KINDS]
+    print("| weights | MB | " + " | ".join(header) + " |\n|---|---|" + "---|" * len(header))
     for name, size in weights.items():
         rows = [content["batches"][str(batch)][name][what] for batch in options.batches for what in KINDS]
         cells = [f"{row['tokens_per_s']:,.0f} ({row['speed_over_bfloat16']:.2f})" for row in rows]

@@ -118,6 +118,7 @@ PYTHON = {
     "families.md 1": "",
     "finetuning.md 1": "",  # reads what the example of `finetune` on the same page wrote
     "inference.md 2": "",
+    "inference.md 3": "",
     "lor2c.md 1": f"{BERT}model = Bert(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))\n",
     "memory.md 1": "",
     "scale.md 1": "",  # as one process; torchrun is for several
