@@ -2,8 +2,8 @@
 
     python benchmarks/low_rank_cache.py
 
-Random weights and tokens: bytes and time depend on shapes alone. For every length of the prompt the two take turns within
-one process. The keys and values of a dense model of the same shape take as much as ours when they are not put away.
+Random weights and tokens: bytes and time depend on shapes alone. For every length of the prompt the two take turns
+within one process. The keys and values of a dense model of the same shape take as much as ours when they are not put away.
 """
 
 import argparse
