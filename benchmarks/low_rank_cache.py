@@ -3,7 +3,7 @@
     python benchmarks/low_rank_cache.py
 
 Random weights and tokens: bytes and time depend on shapes alone. For every length of the prompt the two take turns
-within one process. The keys and values of a dense model of the same shape take as much as ours when they are not put away.
+within one process. Keys and values of a dense model of the same shape take as much as ours do when not put away.
 """
 
 import argparse
