@@ -3,10 +3,13 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, StaticCache
+from transformers.utils import is_torchao_available
 
+from crosslayer.quantization import quantized_loading
 from family_cases import FAMILY_CASES, tokens
 from family_checks import greedy
+from model_cases import model_of
 from tolerances import assert_close
 
 pytestmark = pytest.mark.slow
@@ -58,6 +61,19 @@ def test_prefill_and_decode_through_a_compiled_model(name):
         pieces.append(compiled(ids[:, start:end], position_ids=positions, past_key_values=cache).logits)
     assert_close(torch.cat(pieces, 1), model(ids, use_cache=False).logits)
     assert counters["stats"]["unique_graphs"] == 2  # one for the prompt, one for all tokens
+
+
+@pytest.mark.skipif(not is_torchao_available(), reason="torchao is not installed (extra 'quantize')")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_weights_compile_to_one_graph(kind, tmp_path):
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "rank": 32}
+    model_of("cross_layer", eos_token_id=None, **shape).save_pretrained(tmp_path)
+    settings = quantized_loading(kind, AutoConfig.from_pretrained(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+    ids = tokens(2, length=9)
+    compiled = greedy(model, ids, NEW, cache_implementation="static", compile_config=whole_graph())
+    assert torch.equal(compiled, greedy(model, ids, NEW))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_graph_break_is_an_error():

@@ -237,7 +237,7 @@ def test_widths_that_four_bits_cannot_take():
     assert "model.layers.0.self_attn.o_proj has 40 inputs" in refusal("int4", heads)
     heads = {"head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 1, "factorization": "dense"}
     keys = CRNetConfig(**SHAPE | heads, num_hidden_layers=2)
-    assert "model.layers.0.self_attn.k_proj has 8 outputs; use int8" in refusal("int4", keys)
+    assert "model.layers.0.self_attn.k_proj has 8; use int8" in refusal("int4", keys)
     assert quantized_loading("int4", keys, "cuda")  # its kernel pads them
 
 
@@ -247,6 +247,7 @@ def test_the_largest_group_that_fits():
         config = CRNetConfig(**{**SHAPE, "hidden_size": 512, **widths}, num_hidden_layers=2)
         scheme = quantized_loading("int4", config)["quantization_config"].quant_type
         assert scheme.group_size == group
+    assert quantized_loading("int4", config)["dtype"] == torch.bfloat16
     on_cuda = quantized_loading("int4", config, "cuda")
     assert on_cuda["device_map"] == "cuda"
     assert on_cuda["quantization_config"].quant_type.int4_packing_format == "tile_packed_to_4d"
