@@ -1,6 +1,7 @@
 """Prefill and decode of a CR-Net with weights in float32, bfloat16, 8 and 4 bits, in one interleaved run on a CPU.
 
     python benchmarks/quantization.py
+    python benchmarks/quantization.py --compile bfloat16 int8 --layers 2 --batches 1 --out compiled.json
 
 The contenders are one model, loaded in each way, with random weights, since time depends on shapes alone; they take
 turns within one process. Ratios are to bfloat16. Weights: bytes of all but the embeddings, as they lie in memory.
@@ -56,8 +57,9 @@ def bytes_of(tensor: torch.Tensor) -> int:
 class Generation:
     """A prompt through a model into a static cache, and greedy tokens after it."""
 
-    def __init__(self, model, ids: torch.Tensor, new: int) -> None:
+    def __init__(self, model, ids: torch.Tensor, new: int, is_compiled: bool) -> None:
         self.model, self.ids, self.new = model, ids, new
+        self.step = torch.compile(model, fullgraph=True, dynamic=False) if is_compiled else model
 
     def prefill(self) -> None:
         """Into a new cache."""
@@ -67,14 +69,15 @@ class Generation:
     def decode(self) -> None:
         """`new` tokens, one after the other."""
         for _ in range(self.new):
-            self.next = self.model(self.next, past_key_values=self.cache).logits.argmax(-1)
+            self.next = self.step(self.next, past_key_values=self.cache).logits.argmax(-1)
 
 
-def measure(models: dict, batch: int, prompt: int, new: int, turns: int) -> dict:
-    """{way: {"prefill": ..., "decode": ...}} for a batch."""
+def measure(models: dict, compiled: list[str], batch: int, prompt: int, new: int, turns: int) -> dict:
+    """{way: {"prefill": ..., "decode": ...}} for a batch; of `compiled` also with a step that is."""
     ids = torch.randint(3, SHAPE["vocab_size"], (batch, prompt), generator=torch.Generator().manual_seed(1))
-    runs = {name: Generation(model, ids, new) for name, model in models.items()}
-    with torch.inference_mode():
+    runs = {name: Generation(model, ids, new, False) for name, model in models.items()}
+    runs |= {f"{name}, compiled step": Generation(models[name], ids, new, True) for name in compiled}
+    with torch.no_grad():
         prefill = take_turns({name: run.prefill for name, run in runs.items()}, turns=turns, warm_up=1)
         steps = {name: run.decode for name, run in runs.items()}
         decode = take_turns(steps, turns=turns, warm_up=1, before=lambda name: runs[name].prefill())
@@ -91,6 +94,8 @@ def measure(models: dict, batch: int, prompt: int, new: int, turns: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--compile", choices=list(WAYS), nargs="*", default=[], help="also with a compiled step")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--turns", type=int, default=5)
@@ -100,7 +105,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        CRNetForCausalLM(CRNetConfig(**SHAPE)).save_pretrained(folder)
+        shape = SHAPE | {"num_hidden_layers": options.layers}
+        CRNetForCausalLM(CRNetConfig(**shape)).save_pretrained(folder)
         models = {name: load(folder, **way) for name, way in WAYS.items()}
     weights = {
         name: sum(bytes_of(p) for p in model.parameters() if p is not model.get_input_embeddings().weight)
@@ -110,15 +116,16 @@ def main() -> None:
     content = {
         "what": "prefill and decode in tokens per second, interleaved in one process: medians",
         "run": describe_run(script_command()),
-        "shape": SHAPE,
+        "shape": shape,
         **lengths,
         "weight_bytes": weights,
-        "batches": {str(batch): measure(models, batch, **lengths) for batch in options.batches},
+        "batches": {str(batch): measure(models, options.compile, batch, **lengths) for batch in options.batches},
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     header = [f"{what}, batch {batch}" for batch in options.batches for what in KINDS]
     print("| weights | MB | " + " | ".join(header) + " |\n|---|---|" + "---|" * len(header))
-    for name, size in weights.items():
+    for name in content["batches"][str(options.batches[0])]:
+        size = weights[name.partition(",")[0]]
         rows = [content["batches"][str(batch)][name][what] for batch in options.batches for what in KINDS]
         cells = [f"{row['tokens_per_s']:,.0f} ({row['speed_over_bfloat16']:.2f})" for row in rows]
         print(f"| {name} | {size / 1e6:,.1f} | " + " | ".join(cells) + " |")
