@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, ConfigError, CrossLayerError, first_line, nearest
+from .quantization import quantized_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -77,45 +78,60 @@ def has_model(run: Path) -> bool:
     return (run / MODEL_FOLDER / CONFIG).is_file()
 
 
-def load_checkpoint(folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
+def load_checkpoint(
+    folder: str, *, device: str = "cpu", quantize: str | None = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
     """Model, in evaluation mode, and tokenizer of a checkpoint folder, of a PEFT adapter's, or of a run folder that
     holds one.
 
-    An adapter comes on its base model, with its own tokenizer where it has one. Raises CheckpointError for a folder
-    that is missing, is no causal language model or is truncated.
+    An adapter comes on its base model, with its own tokenizer where it has one.
+
+    Args:
+        folder: as `find_model` takes it, but not a name on the hub.
+        device: where the model is put.
+        quantize: "int8" or "int4" for its linears, or those of an adapter's base (`quantized_loading`); None for none.
+
+    Raises CheckpointError for a folder that is missing, is no causal language model or is truncated, and ConfigError
+    for a model that cannot be quantized so.
     """
     from .data.fit import check_ids, check_special_tokens
 
     path = find_model(folder, what="checkpoint", holds=(CONFIG, ADAPTER_CONFIG), on_hub=False)
     has_only_adapter = is_adapter(path) and not (Path(path) / CONFIG).is_file()
-    model, tokenizer = _load_adapted(Path(path)) if has_only_adapter else _load_causal(path, folder)
+    if has_only_adapter:
+        model, tokenizer = _load_adapted(Path(path), device, quantize)
+    else:
+        model, tokenizer = _load_causal(path, folder, device, quantize)
     try:
         check_ids(tokenizer, model, repr(folder))
         if model.config.model_type.startswith("crnet"):
             check_special_tokens(tokenizer, model.config, repr(folder))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    return model.eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
-def _load_causal(path: str, label: str) -> tuple[Any, Any]:
+def _load_causal(path: str, label: str, device: str, quantize: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model_type = AutoConfig.from_pretrained(path).model_type
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        config = AutoConfig.from_pretrained(path)
+        settings = quantized_loading(quantize, config, device)
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except ConfigError:
+        raise
     except Exception as error:  # weights and tokenizers that were cut off raise many kinds
         raise CheckpointError(f"{label!r} cannot be loaded: {first_line(error)}") from error
-    _check_complete(info["missing_keys"], f"{label!r} ({model_type})")
+    _check_complete(info["missing_keys"], f"{label!r} ({config.model_type})")
     return model, tokenizer
 
 
-def _load_adapted(path: Path) -> tuple[Any, Any]:
+def _load_adapted(path: Path, device: str, quantize: str | None) -> tuple[Any, Any]:
     """A causal language model with an adapter on it, and its tokenizer. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
-    model = load_adapter(path, is_causal=True)
+    model = load_adapter(path, is_causal=True, device=device, quantize=quantize)
     has_its_own = (path / "tokenizer_config.json").is_file()
     source = str(path) if has_its_own else model.get_base_model().name_or_path
     try:
@@ -215,12 +231,20 @@ def load_text_tokenizer(name: str) -> Any:
         raise CheckpointError(f"no tokenizer in {name!r} ({first_line(error)}); name one with tokenizer") from error
 
 
-def load_adapter(folder: str | Path, dtype: Any = "auto", *, is_causal: bool = False) -> Any:
+def load_adapter(
+    folder: str | Path,
+    dtype: Any = "auto",
+    *,
+    is_causal: bool = False,
+    device: str = "cpu",
+    quantize: str | None = None,
+) -> Any:
     """The base model of a PEFT adapter's folder with the adapter on it: a PeftModel; adapters are float32.
 
     The base is where adapter_config.json says, seen from here or, for a relative path, from a folder above the adapter;
     or a name on the hub. Raises CheckpointError for a base that cannot be loaded, an adapter that does not fit it, and
-    with `is_causal` one that is not for a causal language model or puts tokens before the text.
+    with `is_causal` one that is not for a causal language model or puts tokens before the text; ConfigError for a base
+    that cannot be quantized so. `device` is where a quantized base computes.
     """
     import transformers
     from peft import PeftConfig, PeftModel
@@ -241,7 +265,13 @@ def load_adapter(folder: str | Path, dtype: Any = "auto", *, is_causal: bool = F
     auto = getattr(transformers, "AutoModelForCausalLM" if is_causal else HEADS.get(task, "AutoModel"))
     base = config.base_model_name_or_path or ""
     try:
-        model = auto.from_pretrained(_find_base(base, path), dtype=dtype)
+        source = _find_base(base, path)
+        settings: dict[str, Any] = {"dtype": dtype}
+        if quantize is not None:
+            settings |= quantized_loading(quantize, transformers.AutoConfig.from_pretrained(source), device)
+        model = auto.from_pretrained(source, **settings)
+    except ConfigError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{label}: its base model {base!r} cannot be loaded ({first_line(error)}); put it there, or "

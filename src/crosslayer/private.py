@@ -6,7 +6,7 @@ tests/unit/test_private.py that says what breaks without it; other files use not
 """
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 OVERRIDDEN = {
@@ -155,6 +155,25 @@ def without_strided_shards(state: Any, like: Any = None) -> Any:
     return _redistribute_state_dict(state, like)
 
 
+def run_transformers_serve(folder: str, options: list[str], classes: Iterable[type]) -> str | None:
+    """transformers' command `serve` with the model of a folder, until it is interrupted; what is wrong with `options`.
+
+    Its server looks for the class of a model among transformers' names alone, whatever the Auto classes know: `classes`
+    are put there.
+    """
+    import transformers
+    from click import ClickException
+    from transformers.cli.transformers import app
+
+    for model in classes:
+        setattr(transformers, model.__name__, model)
+    try:
+        app(["serve", folder, *options], prog_name="transformers", standalone_mode=False)
+    except ClickException as error:
+        return error.format_message()
+    return None
+
+
 def run_exit_functions() -> None:
     """What `atexit` would run at the end of this process, now."""
     run: Callable[[], None] = atexit._run_exitfuncs
@@ -175,6 +194,7 @@ __all__ = [
     "model_from_config",
     "prepare_anew",
     "run_exit_functions",
+    "run_transformers_serve",
     "set_last_rates",
     "storage_address",
     "without_strided_shards",

@@ -82,6 +82,43 @@ def test_throughput(script, tmp_path, monkeypatch, capsys):
     assert "| CR-Net written plainly |" in capsys.readouterr().out
 
 
+# inference
+
+TINY = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2, "rank": 32}
+
+
+def test_quantization(script, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torchao", reason="needs the extra 'quantize'")
+    quantization, out = script("quantization"), tmp_path / "q.json"
+    monkeypatch.setattr(quantization, "SHAPE", quantization.SHAPE | TINY)
+    call(
+        quantization,
+        monkeypatch,
+        *["--batches", "1", "8", "--prompt", "4", "--new", "2", "--turns", "2", "--threads", "1", "--out"],
+        out,
+    )
+    content = json.loads(out.read_text())
+    committed = json.loads((BENCHMARKS / "results" / "quantization_cpu.json").read_text())
+    assert content.keys() == committed.keys()
+    assert content["batches"].keys() == committed["batches"].keys()
+    sizes = content["weight_bytes"]
+    assert sizes["float32"] == pytest.approx(2 * sizes["bfloat16"], rel=1e-3)
+    assert sizes["float32"] > sizes["bfloat16"] > sizes["int8"] > sizes["int4"]
+    assert "| int4 |" in capsys.readouterr().out
+
+
+def test_low_rank_cache(script, tmp_path, monkeypatch, capsys):
+    benchmark, out = script("low_rank_cache"), tmp_path / "c.json"
+    monkeypatch.setattr(benchmark, "SHAPE", benchmark.SHAPE | TINY)
+    call(benchmark, monkeypatch, "--prompts", 8, "--turns", 2, "--threads", 1, "--out", out)
+    content, path = json.loads(out.read_text()), BENCHMARKS / "results" / "low_rank_cache_cpu.json"
+    assert content.keys() == json.loads(path.read_text()).keys()
+    row = content["prompts"]["8"]
+    assert row["bytes_whole"] == 8 * 2 * 2 * 128 * 4  # tokens, k and v, layers, width, float32
+    assert row["bytes_kept"] == 8 * 2 * (128 + 32) * 4 + 8 * 8  # one layer whole, one by its rank, the positions
+    assert "| 8 |" in capsys.readouterr().out
+
+
 # memory
 
 

@@ -46,9 +46,15 @@ RUN = {
 PLACEHOLDERS = {"FOLDER_OR_HUB_NAME": "encoder"}
 
 CHECKOUT = "needs the checkout"
+EXTRA = "needs an extra"
 HUB = "needs the hub"
 OTHERS = "as one that is run, with other options, which tests/unit/test_readme.py parses"
 NOT_RUN = {
+    "pip install 'crosslayer[quantize]'": EXTRA,
+    "crosslayer generate runs/crnet_5m_text --quantize int8 --prompt 'Once upon a time'": EXTRA,
+    "crosslayer evaluate runs/crnet_5m_text --quantize int8": EXTRA,
+    "pip install 'transformers[serving]'": EXTRA,
+    "crosslayer serve runs/crnet_5m_text --port 8000": "does not end",
     "make pretrain": CHECKOUT,
     "make test": CHECKOUT,
     "python benchmarks/memory.py": CHECKOUT,
@@ -117,11 +123,14 @@ PYTHON = {
     "crnet.md 1": "",
     "families.md 1": "",
     "finetuning.md 1": "",  # reads what the example of `finetune` on the same page wrote
+    "inference.md 2": "",
+    "inference.md 3": "",
     "lor2c.md 1": f"{BERT}model = Bert(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))\n",
     "memory.md 1": "",
     "scale.md 1": "",  # as one process; torchrun is for several
 }
 PYTHON_NOT_RUN = {
+    "inference.md 1": EXTRA,
     "lor2c.md 2": "a line with ... for what is the reader's",
     "new-family.md 1": "files of the checkout: tests/integration/test_new_family.py",
     "new-family.md 2": "files of the checkout: tests/integration/test_new_family.py",

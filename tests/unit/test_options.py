@@ -29,6 +29,7 @@ from crosslayer.cli import (
     prepare,
     pretrain,
     recipes,
+    serve,
 )
 from crosslayer.cli.ranges import OPTIONS
 from crosslayer.train.run import pretrain as run_pretraining
@@ -43,6 +44,7 @@ VERBS = {
     "finetune": finetune.finetune,
     "evaluate": evaluate.evaluate,
     "generate": generate.generate,
+    "serve": serve.serve,
     "export": export.export,
     "plan": plan.plan,
     "analyze": analyze.analyze,
@@ -108,6 +110,7 @@ def arguments_of(verb, root):
         "finetune": [f"--model={root / 'encoder'}", "--task=sst2", f"--data={root / 'sst2'}", "--use_cpu", "--dry-run"],
         "evaluate": [str(root / "run"), f"--data={root / 'few'}"],
         "generate": [str(root / "run"), "--max_new_tokens=2", "--prompt=the"],
+        "serve": [str(root / "run"), "--port=none"],  # refused: else it would not end
         "plan": ["--model=llama_60m"],
         "recipes": [],
         "export": [str(root / "run"), out],

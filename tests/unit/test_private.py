@@ -73,6 +73,19 @@ def test_last_rates_of_schedules():
     assert schedule.get_last_lr() == [0.5]
 
 
+def test_the_server_looks_among_transformers_names():
+    """`crosslayer serve` would find no model of ours, or would not need this any more."""
+    import transformers
+    from transformers.cli.serving.model_manager import ModelManager
+
+    assert "getattr(transformers, config.architectures[0])" in inspect.getsource(ModelManager._load_model)
+    model = type("ModelOfATest", (), {})
+    said = private.run_transformers_serve("folder", ["--port", "none"], [model])
+    assert said == "Invalid value for '--port': 'none' is not a valid integer."
+    assert transformers.ModelOfATest is model
+    del transformers.ModelOfATest
+
+
 def test_fingerprints_of_datasets():
     """Other content would be found in the cache of this one."""
     from datasets import Dataset

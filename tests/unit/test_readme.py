@@ -50,7 +50,7 @@ def parse(monkeypatch):
 
         @functools.wraps(verb)
         def stop(**given):
-            if "context" not in given:
+            if "recipe" not in given or "context" not in given:
                 return
             overrides = parse_overrides(given["context"].args)
             of_task = verb.__name__ == "finetune"

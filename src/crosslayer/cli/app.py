@@ -13,7 +13,21 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import CrossLayerError, RunInterruptedError, RunStoppedError, TrainingError
-from . import analyze, bench, compare, evaluate, export, finetune, generate, interrupt, plan, prepare, pretrain, recipes
+from . import (
+    analyze,
+    bench,
+    compare,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    interrupt,
+    plan,
+    prepare,
+    pretrain,
+    recipes,
+    serve,
+)
 from .common import help_without_arguments
 from .ranges import checked
 
@@ -28,6 +42,7 @@ app.command(context_settings=ANY_FIELD)(checked(finetune.finetune))
 app.command(context_settings=ANY_FIELD)(checked(compare.compare))
 app.command()(checked(evaluate.evaluate))
 app.command()(checked(generate.generate))
+app.command(context_settings=ANY_FIELD)(checked(serve.serve))
 app.command()(checked(export.export))
 app.command()(checked(plan.plan))
 app.command()(checked(analyze.analyze))

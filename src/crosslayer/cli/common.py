@@ -12,8 +12,10 @@ import typer
 from ..errors import ConfigError
 from ..loading import load_checkpoint
 
-# PEFT imports it wherever it is installed, and it asks for kernels that nobody needs here.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# transformers and PEFT import them wherever they are installed; they name kernels that nobody needs here, and torch's
+# registry of structures what torchao will have to change.
+for _chatty in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(_chatty).setLevel(logging.ERROR)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

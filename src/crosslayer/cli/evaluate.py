@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Data, Device, Split, TextColumn, spelled
+from .options import Data, Device, Quantize, Split, TextColumn, spelled
 
 
 def evaluate(
@@ -35,6 +35,7 @@ def evaluate(
         ),
     ] = False,
     device: Device = None,
+    quantize: Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity and bits per byte of CHECKPOINT on a text.
@@ -55,8 +56,7 @@ def evaluate(
     from ..evaluate import measure_perplexity
 
     part = part or ("validation" if data == PYTHON_LIBRARY else "all")
-    model, tokenizer = load_checkpoint(checkpoint)
-    model.to(choose_device(device))
+    model, tokenizer = load_checkpoint(checkpoint, device=choose_device(device), quantize=quantize)
     block_size = block_length(block_size, tokenizer, model)
     config = DataConfig(
         data=data,
@@ -71,7 +71,7 @@ def evaluate(
     batches = DataLoader(blocks, batch_size=batch_size, collate_fn=default_data_collator)
     result = measure_perplexity(model, counted(batches, "evaluating", hidden=as_json), utf8_bytes=statistics.bytes)
     if as_json:
-        source = {"checkpoint": checkpoint, "data": data, "part": part, "block_size": block_size}
+        source = {"checkpoint": checkpoint, "quantize": quantize, "data": data, "part": part, "block_size": block_size}
         print_json({**source, "batch_size": batch_size, "documents": statistics.documents, **result.to_dict()})
         return
     print(f"loss           {result.loss:.4f} nats per token")

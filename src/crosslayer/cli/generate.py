@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, spelled
+from .options import Device, Quantize, spelled
 
 
 def generate(
@@ -23,6 +23,7 @@ def generate(
     top_p: Annotated[float, spelled("top_p", "Sample within this probability mass.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     device: Device = None,
+    quantize: Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, at the end.")] = False,
 ) -> None:
     """Continue PROMPT with CHECKPOINT; tokens are printed as they are made."""
@@ -34,8 +35,7 @@ def generate(
     from ..evaluate.sample import sample
     from .evaluate import choose_device
 
-    model, tokenizer = load_checkpoint(checkpoint)
-    model.to(choose_device(device))
+    model, tokenizer = load_checkpoint(checkpoint, device=choose_device(device), quantize=quantize)
     try:
         text = sample(
             model,
@@ -52,5 +52,5 @@ def generate(
         print(flush=True)  # what is said of it stands below the text
         raise
     if as_json:
-        print_json({"checkpoint": checkpoint, "prompt": prompt, "text": text, "seed": seed})
+        print_json({"checkpoint": checkpoint, "quantize": quantize, "prompt": prompt, "text": text, "seed": seed})
     sys.stdout.flush()

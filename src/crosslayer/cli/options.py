@@ -1,6 +1,6 @@
 """Options that several verbs have, and the two spellings of every option of more than one word."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,5 +15,8 @@ Data = Annotated[str, typer.Option(help="python-library, a file, a folder, or hf
 TextColumn = Annotated[str, spelled("text_column", "Field that holds the text.")]
 Split = Annotated[str, typer.Option(help="Split of a hub dataset.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [default: CUDA where there is one].")]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None, typer.Option(help="Weights of the linears in so many bits, by torchao.")
+]
 
-__all__ = ["Data", "Device", "Split", "TextColumn", "spelled"]
+__all__ = ["Data", "Device", "Quantize", "Split", "TextColumn", "spelled"]

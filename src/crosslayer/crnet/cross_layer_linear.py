@@ -42,15 +42,17 @@ class LowRankLinear(nn.Module):
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """act(A x): [..., in] -> [..., r]."""
-        low_rank = self.A(x)
+        return self.activate(self.A(x))
+
+    def activate(self, low_rank: torch.Tensor) -> torch.Tensor:
+        """act, of what A gives: [..., r]."""
         return nn.functional.silu(low_rank) if self.activation == "silu" else low_rank
 
     def increment(self, x: torch.Tensor) -> torch.Tensor:
         """B act(A x): [..., in] -> [..., out]."""
         if not (is_row(x) and is_bare(self.A, x.dtype) and is_bare(self.B, x.dtype)):
             return self.B(self.low_rank(x))
-        low_rank = row_product(x, self.A.weight)
-        return row_product(nn.functional.silu(low_rank) if self.activation == "silu" else low_rank, self.B.weight)
+        return row_product(self.activate(row_product(x, self.A.weight)), self.B.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
@@ -87,12 +89,12 @@ class CrossLayerLinear(LowRankLinear):
         """x [..., in] and the previous layer's output [..., out] -> [..., out] in `previous`'s dtype or wider."""
         if is_row(x):
             return torch.add(self.increment(x), previous, alpha=self.b().item())
-        low_rank = self.low_rank(x)
-        if (
-            low_rank.dtype != previous.dtype
-            or type(low_rank) is not torch.Tensor
-            or not is_bare(self.B, low_rank.dtype)
-        ):
+        return self.carry(self.low_rank(x), previous)
+
+    def carry(self, low_rank: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """The same from act(A x) [..., r]."""
+        is_plain = low_rank.dtype == previous.dtype and type(low_rank) is torch.Tensor
+        if not (is_plain and is_bare(self.B, low_rank.dtype)):
             return self.b() * previous + self.B(low_rank)
         # The sum as part of the product, as in training (product.py): the same bits, and one pass over Y less.
         carried = (self.b() * previous).reshape(-1, previous.shape[-1])

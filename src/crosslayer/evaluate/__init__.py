@@ -1,5 +1,6 @@
-"""How good a language model is: perplexity and bits per byte, by one definition."""
+"""What a language model does: perplexity and bits per byte by one definition, text, a cache that can be put away."""
 
+from .low_rank_cache import LowRankCache
 from .perplexity import Perplexity, measure_perplexity
 
-__all__ = ["Perplexity", "measure_perplexity"]
+__all__ = ["LowRankCache", "Perplexity", "measure_perplexity"]
