@@ -47,7 +47,7 @@ class Operations:
 
 
 class Multiplication(NamedTuple):
-    """One product with a matrix `inner` x `outer`, or with `count` of them of which a token meets `active`.
+    """One product with a matrix `inner` x `outer`, or with `copies` of which a token meets `active`.
 
     Args:
         phase: forward, backward or recompute.
@@ -60,7 +60,7 @@ class Multiplication(NamedTuple):
     inner: float
     outer: float
     active: float = 1
-    count: int = 1
+    copies: int = 1
 
     @property
     def operations(self) -> float:
