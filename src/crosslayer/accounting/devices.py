@@ -51,7 +51,10 @@ def find_device(name: str) -> Device:
     device = DEVICES.get(key) or _by_cuda_name(name)
     if device is None:
         hint = nearest_hint(key, DEVICES)
-        raise ConfigError(f"device={name!r} is unknown{hint}; allowed: {', '.join(DEVICES)}")
+        raise ConfigError(
+            f"device={name!r} is unknown{hint}; allowed: {', '.join(DEVICES)}, or a file that "
+            "`crosslayer bench device` wrote"
+        )
     return device
 
 

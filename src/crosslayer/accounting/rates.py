@@ -4,8 +4,8 @@
     sheet_rates(DEVICES["h100"])             a data sheet's peaks times an efficiency that depends on the shape
 
 The time of an operation is the roofline's (Williams, Waterman and Patterson, Communications of the ACM 52(4), 2009),
-max(operations / rate of its shape, bytes / bandwidth). Launches come on top on a CPU, which calls one kernel after the
-other; on an accelerator they overlap with the kernels before, so that the larger of the two counts.
+max(operations / rate of its shape, bytes / bandwidth). What the host takes to call kernels comes on top on a CPU; on an
+accelerator it goes on beside the kernels before, so that the longer of the two counts.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, first_line
-from .devices import DEVICES, ETHERNET, Device
+from .devices import DEVICES, ETHERNET, Device, find_device
 
 FORMAT = 1
 PRODUCTS = ("output", "input", "weights")
@@ -33,8 +33,11 @@ SHEET_ATTENTION = {"forward": 0.7, "backward": 0.55}
 those that a causal mask leaves, half of them; the backward is our choice."""
 SHEET_BANDWIDTH = 0.85
 """Share of the data sheet's. Our choice."""
-SHEET_LAUNCH = 5e-6
-"""Seconds that eager PyTorch takes to launch a kernel. Our choice."""
+SHEET_LAUNCH, SHEET_CALL = 4e-6, 1.6e-6
+"""Seconds as in `Rates`: our choice for a launch, and what one core of an EPYC (Zen 5) took for a call."""
+CALLS = {"autograd": 1.8, "policy": 7.0}
+"""Calls' worth of the interpreter's time beside each kernel of a step, under autograd and in CR-Net's own backward.
+Measured on that core at hidden size 32, 12 against 4 layers, where there is next to nothing to compute."""
 
 Grid = Mapping[str, Any]
 
@@ -48,11 +51,13 @@ class Rates:
         kind: "cpu" or "cuda".
         memory: bytes.
         threads: of a CPU.
-        launch: seconds to start a small kernel.
+        launch: seconds from one small kernel to the next, forward and backward under autograd, on this device.
+        call: the same on the CPU.
         bandwidth: dtype -> bytes per second that an elementwise kernel reads and writes, out of the cache.
         products: dtype -> {"rows", "inner", "outer": widths, ascending; each of `PRODUCTS`: operations per second, one
             for each (rows, inner, outer), the last running fastest}.
-        attention: dtype -> {"sequence": lengths, "forward", "backward": operations per second, the full square}.
+        attention: dtype -> {"sequence", "head_dim", ascending; "forward", "backward": operations per second, of the
+            full square, one for each (sequence, head_dim)}.
         versions: of libraries.
     """
 
@@ -61,6 +66,7 @@ class Rates:
     memory: float
     threads: int = 1
     launch: float
+    call: float
     bandwidth: Mapping[str, float]
     products: Mapping[str, Grid]
     attention: Mapping[str, Grid]
@@ -79,21 +85,20 @@ class Rates:
         grid = self.products[dtype]
         rate = _interpolate([grid["rows"], grid["inner"], grid["outer"]], grid[of], (rows, inner, outer))
         moved = (rows * inner + inner * outer + rows * outer) * BYTES[dtype]
-        return self._launched(max(2 * rows * inner * outer / rate, moved / self.bandwidth[_stored(dtype)]), 1)
+        return max(2 * rows * inner * outer / rate, moved / self.bandwidth[_stored(dtype)])
 
-    def attention_seconds(self, dtype: str, phase: str, sequence: float, operations: float) -> float:
+    def attention_seconds(self, dtype: str, phase: str, sequence: int, head_dim: float, operations: float) -> float:
         """Of one layer's attention, forward or backward, by the operations of its full square."""
         grid = self.attention[dtype]
-        return self._launched(operations / _interpolate([grid["sequence"]], grid[phase], (sequence,)), 1)
+        return operations / _interpolate([grid["sequence"], grid["head_dim"]], grid[phase], (sequence, head_dim))
 
-    def pass_seconds(self, element: int, moved: float, kernels: int) -> float:
-        """Of some kernels that read and write so many bytes together, of elements of so many bytes."""
-        dtype = "float32" if element >= 4 or "bfloat16" not in self.bandwidth else "bfloat16"
-        return self._launched(moved / self.bandwidth[dtype], kernels)
+    def pass_seconds(self, element: int, moved: float) -> float:
+        """Of kernels that read and write so many bytes together, of elements of so many bytes."""
+        return moved / self.bandwidth["float32" if element >= 4 or "bfloat16" not in self.bandwidth else "bfloat16"]
 
-    def _launched(self, seconds: float, kernels: int) -> float:
-        launches = kernels * self.launch
-        return max(seconds, launches) if self.kind == "cuda" else seconds + launches
+    def host_seconds(self, way: str, kernels: float) -> float:
+        """Of the host to call so many kernels, in one of the ways of `CALLS`."""
+        return kernels * (self.launch + CALLS[way] * self.call)
 
     @property
     def peak(self) -> dict[str, float]:
@@ -160,6 +165,7 @@ def sheet_rates(device: Device) -> Rates:
         kind="cuda",
         memory=device.memory,
         launch=SHEET_LAUNCH,
+        call=SHEET_CALL,
         bandwidth=dict.fromkeys(("float32", "bfloat16"), SHEET_BANDWIDTH * device.bandwidth),
         products={
             dtype: {**axes, **{of: [share * peak for share in shares] for of in PRODUCTS}}
@@ -167,11 +173,26 @@ def sheet_rates(device: Device) -> Rates:
             if peak
         },
         attention={
-            dtype: {"sequence": [1], **{phase: [share * peak] for phase, share in SHEET_ATTENTION.items()}}
+            dtype: {
+                "sequence": [1],
+                "head_dim": [1],
+                **{phase: [share * peak] for phase, share in SHEET_ATTENTION.items()},
+            }
             for dtype, peak in peaks.items()
             if peak
         },
     )
+
+
+def device_and_rates(device: str) -> tuple[Device, Rates | None]:
+    """A device by its name (`find_device`), or by a file of its rates (`read_rates`), which are then its speed.
+
+    Raises ConfigError as those two do.
+    """
+    if not (device.endswith(".json") or Path(device).is_file()):
+        return find_device(device), None
+    rates = read_rates(device)
+    return rates.to_device(), rates
 
 
 def read_rates(path: str | Path) -> Rates:
@@ -204,7 +225,7 @@ def _check(rates: Rates) -> None:
     """Raises ValueError, KeyError or TypeError where something is missing or no number above 0."""
     if rates.kind not in ("cpu", "cuda") or not isinstance(rates.device, str):
         raise ValueError("kind or device")
-    _positive("memory, threads and launch", [rates.memory, rates.threads, rates.launch])
+    _positive("memory, threads, launch and call", [rates.memory, rates.threads, rates.launch, rates.call])
     if "float32" not in rates.bandwidth or not rates.products or rates.products.keys() != rates.attention.keys():
         raise ValueError("float32's bandwidth, products or attention are missing")
     if not rates.products.keys() <= BYTES.keys():
@@ -215,7 +236,7 @@ def _check(rates: Rates) -> None:
         if _stored(dtype) not in rates.bandwidth:
             raise ValueError(f"bandwidth of {dtype} is missing")
     for dtype, grid in rates.attention.items():
-        _check_grid(f"attention of {dtype}", grid, ("sequence",), ("forward", "backward"))
+        _check_grid(f"attention of {dtype}", grid, ("sequence", "head_dim"), ("forward", "backward"))
 
 
 def _check_grid(what: str, grid: Grid, axes: Sequence[str], values: Sequence[str]) -> None:
@@ -241,4 +262,4 @@ def _positive(what: str, values: Sequence[float]) -> None:
         raise ValueError(f"{what} must be numbers above 0")
 
 
-__all__ = ["BYTES", "FORMAT", "PRODUCTS", "Rates", "read_rates", "sheet_rates"]
+__all__ = ["BYTES", "CALLS", "FORMAT", "PRODUCTS", "Rates", "device_and_rates", "read_rates", "sheet_rates"]

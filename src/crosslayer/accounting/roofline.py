@@ -5,15 +5,16 @@
     passes        norms, gates, sums b Y, casts, loss, optimizer, from `list_passes`, by bytes
 
 Nothing of a model is written here: both lists go over the shapes that parameters, operations and bytes go over. What it
-leaves out: memory that is new to the process, the loader, the interpreter's own time between kernels.
+leaves out: memory that is new to the process (page faults), the loader, logging.
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .flops import Multiplication, list_products, optimizer_operations
-from .methods import Method, method_of
+from .methods import Method, method_of, policy_of
 from .passes import list_passes, list_update_passes
 from .rates import BYTES, Rates
 from .shapes import Shape
@@ -29,7 +30,7 @@ class Operation(NamedTuple):
         phase: of `PHASES`.
         what: "layers", "head", "attention", or a pass by its name.
         detail: of a product, rows x inner x outer and what it gives.
-        times: how many.
+        kernels: how many.
         operations: floating-point operations of them all.
         moved: bytes that they read and write, of attention its inputs and output.
         seconds: that they take.
@@ -38,7 +39,7 @@ class Operation(NamedTuple):
     phase: str
     what: str
     detail: str
-    times: float
+    kernels: float
     operations: float
     moved: float
     seconds: float
@@ -46,31 +47,43 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """A step of one micro-batch and one update, on one device."""
+    """A step of one micro-batch and one update, on one device.
+
+    Args:
+        host: seconds of the host to call the kernels of each of `PHASES`.
+        overlaps: whether kernels run beside the host, as on an accelerator.
+    """
 
     operations: tuple[Operation, ...]
+    host: dict[str, float]
+    overlaps: bool
 
     @property
     def by_phase(self) -> dict[str, float]:
-        """Seconds of each of `PHASES`."""
-        found = dict.fromkeys(PHASES, 0.0)
-        for operation in self.operations:
-            found[operation.phase] += operation.seconds
-        return found
+        """Seconds of each of `PHASES`, the host's among them."""
+        device = self._sum(lambda operation: operation.phase, PHASES)
+        return {
+            phase: max(seconds, self.host[phase]) if self.overlaps else seconds + self.host[phase]
+            for phase, seconds in device.items()
+        }
 
     @property
     def by_part(self) -> dict[str, float]:
-        """Seconds of products, attention, passes and the update."""
-        found = dict.fromkeys(("products", "attention", "passes", "update"), 0.0)
+        """Seconds of kernels by what they are: products, attention, passes and the update."""
+        parts = {"layers": "products", "head": "products", "attention": "attention", "optimizer": "update"}
+        names = ("products", "attention", "passes", "update")
+        return self._sum(lambda operation: parts.get(operation.what, "passes"), names)
+
+    def _sum(self, kind: Callable[[Operation], str], kinds: Iterable[str]) -> dict[str, float]:
+        found = dict.fromkeys(kinds, 0.0)
         for operation in self.operations:
-            part = {"layers": "products", "head": "products", "attention": "attention"}.get(operation.what, "passes")
-            found["update" if operation.phase == "update" else part] += operation.seconds
+            found[kind(operation)] += operation.seconds
         return found
 
     @property
     def seconds(self) -> float:
         """Of all of it."""
-        return sum(operation.seconds for operation in self.operations)
+        return sum(self.by_phase.values())
 
 
 def predict_step(config: Any, step: Step, rates: Rates, method: Method | None = None) -> StepTime:
@@ -86,7 +99,12 @@ def predict_step(config: Any, step: Step, rates: Rates, method: Method | None = 
     """
     shape, method = Shape.of(config), method or method_of(config)
     rates.check_dtype(step.precision.dtype)
-    return StepTime(operations=(*_products(shape, step, rates, method), *_passes(shape, step, rates, method)))
+    operations = (*_products(shape, step, rates, method), *_passes(shape, step, rates, method))
+    way = "autograd" if policy_of(method, shape.factorization) is None else "policy"
+    host = dict.fromkeys(PHASES, 0.0)
+    for operation in operations:
+        host[operation.phase] += rates.host_seconds(way, operation.kernels)
+    return StepTime(operations=operations, host=host, overlaps=rates.kind == "cuda")
 
 
 def _products(shape: Shape, step: Step, rates: Rates, method: Method) -> list[Operation]:
@@ -100,10 +118,10 @@ def _products(shape: Shape, step: Step, rates: Rates, method: Method) -> list[Op
             attention[key] = attention.get(key, 0.0) + times * product.operations
         elif product.part != "carried":  # a pass
             found.append(_product(product, times, n, rates, dtype))
-    layers = shape.num_hidden_layers
+    layers, head_dim = shape.num_hidden_layers, shape.layers[0].attention.key_dim
     for (phase, direction), operations in attention.items():
         total = n * operations
-        seconds = layers * rates.attention_seconds(dtype, direction, step.sequence, total / layers)
+        seconds = layers * rates.attention_seconds(dtype, direction, step.sequence, head_dim, total / layers)
         widths = sum(layer.query_width + layer.key_value_width + layer.value_width for layer in shape.layers)
         moved = n * widths / split * BYTES[dtype] * (2 if direction == "backward" else 1)
         found.append(Operation(phase, "attention", direction, layers, total, moved, seconds))
@@ -132,7 +150,7 @@ def _passes(shape: Shape, step: Step, rates: Rates, method: Method) -> list[Oper
             times * each.kernels,
             times * each.operations,
             times * each.moved,
-            times * rates.pass_seconds(each.element, each.moved, each.kernels),
+            times * rates.pass_seconds(each.element, each.moved),
         )
         for each, times in counted.items()
     ]

@@ -1,9 +1,10 @@
 """How fast the device at hand is, for `plan --device FILE`: products by shape and dtype, attention, bandwidth, launch.
 
-Products run on memory that is there already and attention on causal heads 64 wide, as training runs them; elementwise
-passes go round buffers that no cache holds. A figure is the median of a few turns after a warm-up.
+Products run on memory that is there already, attention is causal, as in training; elementwise passes go round buffers
+that no cache holds. A figure is the median of a few turns after a warm-up.
 """
 
+import json
 import os
 import platform
 import statistics
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..accounting.rates import Rates
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..provenance import device_name
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
@@ -28,7 +30,7 @@ GRIDS = {
 """Rows, inner and outer widths of the products; on a slow device without the largest of them."""
 SEQUENCES = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192)}
 ATTENTION_TOKENS = {"cpu": 2048, "cuda": 16384}
-HEADS, HEAD_DIM = 8, 64
+HEADS, HEAD_DIMS = 8, (32, 64, 128)
 POOL = {"cpu": 2**28, "cuda": 2**31}
 """Bytes that elementwise passes go round."""
 PASS_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
@@ -60,7 +62,8 @@ def measure_device(device: str = "cpu", dtypes: Sequence[str] | None = None) -> 
         kind=kind,
         memory=_memory(device, kind),
         threads=torch.get_num_threads(),
-        launch=_measure_launch(device, kind),
+        launch=_measure_launch(device),
+        call=_measure_launch("cpu"),
         bandwidth={name: _measure_bandwidth(device, kind, dtype) for name, dtype in stored.items()},
         products=products,
         attention=attention,
@@ -70,6 +73,14 @@ def measure_device(device: str = "cpu", dtypes: Sequence[str] | None = None) -> 
             "python": platform.python_version(),
         },
     )
+
+
+def write_rates(rates: Rates, path: Path) -> None:
+    """The file that `read_rates` reads. Raises ConfigError where it cannot be written."""
+    try:
+        path.write_text(json.dumps(rates.to_dict()) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output={str(path)!r} cannot be written: {first_line(error)}") from None
 
 
 def _check_dtypes(device: str, kind: str, dtypes: Sequence[str] | None) -> list[str]:
@@ -140,10 +151,11 @@ def _measure_products(device: str, kind: str, dtype: torch.dtype) -> dict[str, l
 
 def _measure_attention(device: str, kind: str, dtype: torch.dtype) -> dict[str, list[float]]:
     """Operations per second of the full square, forward and backward, causal, over some lengths."""
-    found: dict[str, list[float]] = {"sequence": list(SEQUENCES[kind]), "forward": [], "backward": []}
-    for length in SEQUENCES[kind]:
+    axes: dict[str, list[float]] = {"sequence": [*SEQUENCES[kind]], "head_dim": [*HEAD_DIMS]}
+    found: dict[str, list[float]] = {"forward": [], "backward": []}
+    for length, head_dim in product(SEQUENCES[kind], HEAD_DIMS):
         batch = max(1, ATTENTION_TOKENS[kind] // length)
-        shape = (batch, length, HEADS, HEAD_DIM)
+        shape = (batch, length, HEADS, head_dim)
         q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
 
         def forward(q=q, k=k, v=v) -> torch.Tensor:
@@ -157,10 +169,10 @@ def _measure_attention(device: str, kind: str, dtype: torch.dtype) -> dict[str, 
         def backward(output=output, gradient=gradient, inputs=inputs) -> Any:
             return torch.autograd.grad(output, inputs, gradient, retain_graph=True)
 
-        operations = 4 * batch * length * length * HEADS * HEAD_DIM
+        operations = 4 * batch * length * length * HEADS * head_dim
         found["forward"].append(_rounded(operations / _seconds_of(forward, kind)))
         found["backward"].append(_rounded(2 * operations / _seconds_of(backward, kind)))
-    return found
+    return {**axes, **found}
 
 
 def _measure_bandwidth(device: str, kind: str, dtype: torch.dtype) -> float:
@@ -176,10 +188,18 @@ def _measure_bandwidth(device: str, kind: str, dtype: torch.dtype) -> float:
     return _rounded(moved / _seconds_of(go_round, kind))
 
 
-def _measure_launch(device: str, kind: str) -> float:
-    """Seconds from one small addition to the next."""
-    x = torch.ones(16, device=device)
-    return _rounded(_seconds_of(lambda: torch.add(x, x, out=x), kind, 1000))
+def _measure_launch(device: str) -> float:
+    """Seconds from one small kernel to the next: products of two numbers and their gradients, one after the other."""
+    calls = 100
+    x, w = torch.ones(16, device=device, requires_grad=True), torch.ones(16, device=device)
+
+    def chain() -> None:
+        y = x
+        for _ in range(calls):
+            y = y * w
+        y.backward(w)
+
+    return _rounded(_seconds_of(chain, torch.device(device).type, 5) / (2 * calls))
 
 
 def _memory(device: str, kind: str) -> float:
@@ -192,4 +212,4 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-__all__ = ["DTYPES", "measure_device"]
+__all__ = ["DTYPES", "measure_device", "write_rates"]
