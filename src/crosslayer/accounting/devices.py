@@ -19,7 +19,7 @@ class Device:
     bandwidth: float
     link: float
     network: float
-    float32_flops: float = 0.0
+    float32_flops: float
 
 
 ETHERNET = 100e9 / 8 / 8

@@ -155,6 +155,8 @@ class _Block:
             yield from self.autocasts(phase, name)
             if self.shape.factorization == "cola" and linear.rank:
                 yield self.over(phase, "activation", linear.rank, p, p)
+            if p != w and name in self.first:  # functions read Y in the dtype of weights
+                yield self.over(phase, "cast", self.width[name], p, w)
             if linear.builds:
                 yield self.over(phase, "carried", self.width[name], c, c, c, operations=2)
             if name in self.adding:
@@ -178,6 +180,8 @@ class _Block:
             yield from self.autocasts(phase, name)
             if self.shape.factorization == "cola" and linear.rank:
                 yield self.over(phase, "activation", linear.rank, p, p, p)
+            if p != w and name in self.first:
+                yield self.over(phase, "cast", self.width[name], p, w)
             if linear.builds:  # d of b Y: b G, and G Y summed; G is added to what comes from above
                 yield self.over(phase, "carried", self.width[name], *[c] * 9, kernels=4, operations=4)
 
