@@ -24,6 +24,7 @@ from crosslayer.accounting import (
 )
 from crosslayer.accounting.devices import Device
 from crosslayer.accounting.planner import (
+    AS_FAST,
     Request,
     fastest,
     list_settings,
@@ -54,7 +55,7 @@ def test_the_recommendation_is_the_fastest_that_fits():
     best = plan.recommended.setting
     assert best.fits
     assert best.peak_bytes <= plan.usable_bytes == 80e9 * 0.92
-    assert all(not s.fits or 0.999 * s.tokens_per_s <= best.tokens_per_s for s in plan.settings)
+    assert all(not s.fits or AS_FAST * s.tokens_per_s <= best.tokens_per_s for s in plan.settings)
     same = [s.micro_batch for s in plan.settings if s.fits and (s.label, s.sharding) == (best.label, best.sharding)]
     assert best.micro_batch == max(same)
     assert {s.policy for s in plan.settings} == {"none", "replay", "invert", "reversible"}
@@ -75,20 +76,17 @@ def test_figures_add_up():
 
 
 def test_other_methods_beside_it():
-    plan = make_plan("llama_1b", **ISSUE)
+    """By operations alone CR-Net is far ahead of dense; by what its kernels move it is not (docs/roofline.md)."""
+    plan = make_plan("llama_1b", **ISSUE, utilisation=0.4)
     assert set(plan.beside) == {"dense", "cola", "galore"}
     dense, galore = plan.beside["dense"], plan.beside["galore"]
     assert dense.parameters == galore.parameters
     assert galore.setting.memory_bytes["optimizer"] < dense.setting.memory_bytes["optimizer"]
-    products, passes = (
-        plan.recommended.setting.kernel_seconds[part] / dense.setting.kernel_seconds[part]
-        for part in ("products", "passes")
-    )
-    assert products < 0.6
-    assert 1.5 < passes < 2.5, "the carried state: what a data-sheet H100 waits for (docs/roofline.md)"
-    by_operations = make_plan("llama_1b", **ISSUE, utilisation=0.4, beside=("dense",))
-    slower = by_operations.beside["dense"].setting.tokens_per_s
-    assert by_operations.recommended.setting.tokens_per_s > 1.5 * slower
+    assert plan.recommended.setting.tokens_per_s > 1.5 * dense.setting.tokens_per_s
+    by_roofline = make_plan("llama_1b", **ISSUE, beside=("dense",))
+    found, dense = (x.setting.kernel_seconds for x in (by_roofline.recommended, by_roofline.beside["dense"]))
+    assert found["products"] < 0.6 * dense["products"]
+    assert 1.4 < found["passes"] / dense["passes"] < 2.5
 
 
 def test_seventy_billion_on_512_devices():

@@ -1,4 +1,4 @@
-"""Time by a roofline: operations are those of flops.py, bytes those of real steps, and device files are read or refused."""
+"""Time by a roofline: operations are those of flops.py, bytes those of real steps; device files are read or refused."""
 
 import json
 from collections import Counter
@@ -292,7 +292,7 @@ def test_a_known_card_keeps_its_links():
     ("change", "words"),
     [
         (lambda c: c.pop("what"), "holds something else"),
-        (lambda c: c.update(format=0), "is not of format 1"),
+        (lambda c: c.update(format=0), "is of another format than 1"),
         (lambda c: c.pop("launch"), "is damaged .*launch"),
         (lambda c: c.update(speed=1), "is damaged .*speed"),
         (lambda c: c.update(kind="tpu"), "is damaged .*kind"),

@@ -29,6 +29,8 @@ from .splits import list_splits
 from .steps import PRECISIONS, Precision, Sharding, Step
 from .units import parse_bytes, parse_tokens, show_bytes
 
+AS_FAST = 0.98
+"""Settings within so much of the fastest count as equals: less than a prediction is worth. Our choice."""
 TOKENS_PER_PARAMETER = 20
 """Token budget where none is given: so many per parameter of the dense model (arXiv 2203.15556)."""
 
@@ -249,11 +251,11 @@ def _interval(shape: Shape, method: Method) -> int | None:
 
 
 def fastest(settings: Iterable[Setting]) -> Setting | None:
-    """The fastest that fits; of those within a thousandth the simplest split, then the largest micro-batch."""
+    """The fastest that fits; of its equals (`AS_FAST`) the simplest split, then the fastest policy and micro-batch."""
     fitting = [setting for setting in settings if setting.fits]
     best = max((setting.tokens_per_s for setting in fitting), default=0.0)
-    equals = [setting for setting in fitting if setting.tokens_per_s >= 0.999 * best]
-    return max(equals, key=lambda s: (-s.tensor_parallel, -s.fsdp, s.micro_batch), default=None)
+    equals = [setting for setting in fitting if setting.tokens_per_s >= AS_FAST * best]
+    return max(equals, key=lambda s: (-s.tensor_parallel, -s.fsdp, s.tokens_per_s, s.micro_batch), default=None)
 
 
 def recommend(
@@ -332,7 +334,7 @@ def _check_optimizer(name: str, shape: Shape, trained: Method, asked: Request) -
 
 def _reason(best: Setting, settings: list[Setting]) -> str:
     policies = {s.label: s for s in settings if s.micro_batch == 1}
-    faster = [s for s in policies.values() if s.tokens_per_s > best.tokens_per_s * (1 + 1e-9)]
+    faster = [s for s in policies.values() if not s.fits and s.tokens_per_s > best.tokens_per_s * (1 + 1e-9)]
     reason = f"the fastest that fits, with the largest micro-batch of {best.micro_batch}"
     if not faster:
         return f"{reason}: nothing has to be run again" if best.operations_per_token["recompute"] == 0 else reason
