@@ -1,14 +1,17 @@
 """Time by a roofline: operations are those of flops.py, bytes those of real steps; device files are read or refused."""
 
+import importlib
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_accounting_families import FAMILIES
+from test_cli import refused, run  # noqa: F401  run is a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -23,6 +26,7 @@ from crosslayer.bench.device import measure_device, write_rates
 from crosslayer.bench.speed import training_step
 from crosslayer.errors import ConfigError
 
+ROOT = Path(__file__).parents[2]
 H100 = sheet_rates(DEVICES["h100"])
 TINY = {
     "vocab_size": 500,
@@ -140,10 +144,10 @@ class Bytes(TorchDispatchMode):
 def test_bytes_are_those_of_a_step(name, dtype):
     contenders = Contenders(TINY, [name], dtype=dtype)
     model, ids = contenders.model(name), contenders.tokens(2, 100)
-    run = training_step(model, ids, precision=contenders.precision)
-    run()
+    train = training_step(model, ids, precision=contenders.precision)
+    train()
     with Bytes() as counted:
-        run()
+        train()
     method = Method(recompute="layers") if "checkpointing" in name else method_of(model.config)
     precision = PRECISIONS[{"float32": "float32", "bfloat16": "bf16", "mixed": "bf16_autocast"}[dtype]]
     step = Step(sequence=100, micro_batch=2, precision=precision, fused_norms=False)
@@ -248,14 +252,22 @@ def test_a_data_sheet_reaches_less_in_narrow_products():
 # The device at hand, and its file
 
 
+def measure_little(monkeypatch):
+    grid = {"rows": (16, 64), "inner": (16, 64), "outer": (16, 64)}
+    for name, value in {"GRIDS": grid, "SEQUENCES": (16, 32), "POOL": 2**22, "PASS_ELEMENTS": 2**16}.items():
+        monkeypatch.setattr(f"crosslayer.bench.device.{name}", {"cpu": value})
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Devices are measured over next to nothing."""
+    measure_little(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def measured():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        grid = {"rows": (16, 64), "inner": (16, 64), "outer": (16, 64)}
-        monkeypatch.setattr("crosslayer.bench.device.GRIDS", {"cpu": grid})
-        monkeypatch.setattr("crosslayer.bench.device.SEQUENCES", {"cpu": (16, 32)})
-        monkeypatch.setattr("crosslayer.bench.device.POOL", {"cpu": 2**22})
-        monkeypatch.setattr("crosslayer.bench.device.PASS_ELEMENTS", {"cpu": 2**16})
+        measure_little(monkeypatch)
         yield measure_device("cpu")
 
 
@@ -362,3 +374,63 @@ def test_plans_for_a_measured_device(measured, tmp_path):
     assert sheet.recommended.setting.tokens_per_s > best.tokens_per_s
     flat = make_plan("llama_60m", device=str(path), precision="float32", utilisation=0.5, **given)
     assert flat.recommended.setting.kernel_seconds == {}
+
+
+def test_a_slow_device_is_measured_over_less(quickly, monkeypatch):
+    monkeypatch.setattr("crosslayer.bench.device.SECONDS_OF_PRODUCTS", 1e-9)
+    found = measure_device("cpu", ["float32"]).products["float32"]
+    assert [found[axis] for axis in ("rows", "inner", "outer")] == [[16], [16], [16]]
+    assert len(found["output"]) == 1
+
+
+def test_the_commands(run, quickly, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "device.json"
+    shown = run("bench", "device", "--device", "cpu", "--output", path)
+    assert shown.code == 0, shown.err
+    assert f"crosslayer plan --device {path}" in shown.out
+    asked = ("plan", "--model", "llama_60m", "--device", path, "--gpu-memory", "80GB", "--sequence", "256")
+    planned = run(*asked)
+    assert planned.code == 0, planned.err
+    text = " ".join(planned.out.split())
+    assert "by a roofline per operation, as measured" in text
+    assert "seconds of a step" in text
+    assert "…" not in planned.out
+    assert max(map(len, planned.out.splitlines())) <= 80
+    assert json.loads(run(*asked, "--json").out)["is_measured"]
+    printed = json.loads(run("bench", "device", "--device", "cpu", "--dtypes", "float32").out)
+    assert list(printed["products"]) == ["float32"]
+    path.write_text(json.dumps(printed))
+    refused(run(*asked), "has no rates for bfloat16 (it has float32)")
+    refused(run("bench", "device", "--device", "cpu", "--dtypes", "tf32"), "dtypes='tf32'", "float32, bfloat16")
+    refused(run("bench", "device", "--output", tmp_path), "is a folder")
+    refused(run("bench", "device", "--output", tmp_path / "no" / "device.json"), "lies in none")
+    refused(run("plan", "--device", tmp_path / "none.json"), "does not exist", "crosslayer bench device")
+    path.write_text("{}")
+    refused(run("plan", "--device", path), "holds something else")
+    refused(run("plan", "--device", "h1000"), "the nearest is h100", "crosslayer bench device")
+
+
+def test_the_script_measures_and_compares(quickly, monkeypatch):
+    """benchmarks/roofline.py at a tiny size."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("roofline")
+    monkeypatch.setattr(script, "SHAPES", {"tiny": (64, 96, 2, 2, 1, 16)})
+    found = script.measure("tiny", "float32", turns=2)
+    assert list(found["steps"]) == [*script.CONTENDERS]
+    assert {len(seconds) for seconds in found["steps"].values()} == {2}
+    rates = script.rates_of(json.loads(json.dumps(found)))
+    for contender in script.CONTENDERS:
+        assert script.predict("tiny", "float32", contender, rates).seconds > 0
+    pairs = {"fast": (1.0, 2.0), "as fast": (1.04, 1.0), "slow": (1.2, 1.9)}
+    assert script.wrong_orders(pairs) == [("fast", "slow")]
+
+
+def test_what_the_page_says():
+    """What stands in words on docs/roofline.md, from its file and by arithmetic."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        script = importlib.import_module("roofline")
+    for place, pairs in script.compared(script.ResultFile(script.RESULTS, "")).items():
+        assert max(abs(predicted / measured - 1) for measured, predicted in pairs.values()) < 0.15, place
+        assert not script.wrong_orders(pairs), place

@@ -129,8 +129,10 @@ def _measure_products(device: str, kind: str, dtype: torch.dtype) -> dict[str, l
     square = torch.randn(side, side, device=device).to(dtype)
     rate = 2 * side**3 / _seconds_of(lambda: square @ square, kind)
     while 6 * sum(axes["rows"]) * sum(axes["inner"]) * sum(axes["outer"]) / rate > SECONDS_OF_PRODUCTS:
-        longest = max(axes, key=lambda name: axes[name][-1])
-        axes[longest].pop()
+        longest = max(axes.values(), key=lambda axis: axis[-1] if len(axis) > 1 else 0)
+        if len(longest) == 1:
+            break
+        longest.pop()
     found: dict[str, list[float]] = {"output": [], "input": [], "weights": []}
     for rows, inner, outer in product(*(map(int, axis) for axis in axes.values())):
         x, w, g = (
