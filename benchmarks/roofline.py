@@ -10,8 +10,11 @@ and a figure is the median of the turns after a warm-up. A step is forward, loss
 
 import argparse
 import statistics
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from crosslayer.accounting import DEVICES, PRECISIONS, Method, Precision, Shape, Step, count_operations, named_shape
 from crosslayer.accounting.passes import list_passes
@@ -59,8 +62,8 @@ def fields_of(name: str) -> dict[str, Any]:
     }
 
 
-def measure(name: str, dtype: str, turns: int) -> dict[str, Any]:
-    """Rates of the device, then the steps: {"device": ..., "steps": {contender: seconds of every turn}}."""
+def measure(name: str, dtype: str, turns: int, clock: str = "perf_counter") -> dict[str, Any]:
+    """Rates of the device, then the steps: {"clock", "rates", "steps": {contender: seconds of every turn}}."""
     import torch
 
     from crosslayer.bench.contenders import Contenders
@@ -93,7 +96,8 @@ def measure(name: str, dtype: str, turns: int) -> dict[str, Any]:
             model.set_recompute(recompute)
 
     seconds = take_turns(steps, turns, warm_up=1, before=switch)
-    return {"rates": rates.to_dict(), "steps": {each: [round(x, 5) for x in s] for each, s in seconds.items()}}
+    rounded = {each: [round(x, 5) for x in taken] for each, taken in seconds.items()}
+    return {"clock": clock, "rates": rates.to_dict(), "steps": rounded}
 
 
 # Predicting
@@ -303,14 +307,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="measure, and write results/roofline.json")
     parser.add_argument("--redo", action="store_true", help="measure also what is in the file")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="take the process's own time, of device and steps alike: on one thread of a machine that others use",
+    )
     parser.add_argument("--turns", type=int, default=5, help="counted turns of each contender")
     parser.add_argument("--write", action="store_true", help=f"write the tables into docs/{PAGE.name}")
     options = parser.parse_args()
     if options.measure:
         results = ResultFile(RESULTS, "predicted and measured time of a training step, one CPU", redo=options.redo)
-        for dtype in DTYPES:
-            for name in SHAPES:
-                results.section(f"{dtype} {name}", lambda name=name, dtype=dtype: measure(name, dtype, options.turns))
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        with patch.object(time, "perf_counter", clock):
+            for dtype in DTYPES:
+                for name in SHAPES:
+                    section = partial(measure, name, dtype, options.turns, clock.__name__)
+                    results.section(f"{dtype} {name}", section)
         for (dtype, name), pairs in compared(results).items():
             worst = max(abs(predicted / measured - 1) for measured, predicted in pairs.values())
             print(f"{dtype} {name}: at most {worst:.0%} off; wrong order: {wrong_orders(pairs) or 'none'}")

@@ -86,7 +86,8 @@ class Step:
         precision: bytes of the elements.
         sharding: over devices.
         fused_loss: the loss is taken by vocabulary chunks (`CRNetForCausalLM.fused_loss`, our recipes).
-        fused_norms: the norm keeps its input and output, not what lies between: CUDA's kernel. False on a CPU.
+        fused_norms: the norm keeps its input and output, not what lies between: CUDA's kernel. False on a CPU,
+            and `passes.py` then counts a CPU's kernels elsewhere too.
         fused_optimizer: AdamW updates in place (`adamw_torch_fused`, the Trainer's default); otherwise one more copy of
             the parameters passes by.
         accumulates: gradients of earlier micro-batches are there already.
