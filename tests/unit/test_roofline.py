@@ -432,13 +432,13 @@ def test_the_script_measures_and_compares(quickly, script, monkeypatch):
 
 
 def test_what_was_measured_is_what_was_predicted(script):
-    """The file that docs/roofline.md shows: within 15 %, and nobody ahead of whom it is a tenth behind."""
+    """The file that docs/roofline.md shows: within 15 %, and in the right order where 5 % lie between two."""
     found = script.compared(script.ResultFile(script.RESULTS, ""))
     assert len(found) == 6
     for place, pairs in found.items():
         assert list(pairs) == [*script.CONTENDERS]
         assert max(abs(predicted / measured - 1) for measured, predicted in pairs.values()) < 0.15, place
-        assert not script.wrong_orders(pairs, apart=0.1), place
+        assert not script.wrong_orders(pairs, apart=0.05), place
 
 
 def cells_of(table):

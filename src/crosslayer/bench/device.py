@@ -104,21 +104,22 @@ def _tf32(is_on: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _seconds_of(run: Callable[[], Any], kind: str, calls: int = 1) -> float:
+def _seconds_of(run: Callable[[], Any], device: str, calls: int = 1) -> float:
     """Seconds of one call: the median of up to five turns after a warm-up, fewer where a turn is long."""
-    first = _turn(run, kind, calls)
-    turns = [_turn(run, kind, calls) for _ in range(max(1, min(5, int(0.05 / max(first, 1e-9)))))]
+    first = _turn(run, device, calls)
+    turns = [_turn(run, device, calls) for _ in range(max(1, min(5, int(0.05 / max(first, 1e-9)))))]
     return statistics.median(turns) / calls
 
 
-def _turn(run: Callable[[], Any], kind: str, calls: int) -> float:
-    if kind == "cuda":
-        torch.cuda.synchronize()
+def _turn(run: Callable[[], Any], device: str, calls: int) -> float:
+    is_asynchronous = torch.device(device).type == "cuda"
+    if is_asynchronous:
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
         run()
-    if kind == "cuda":
-        torch.cuda.synchronize()
+    if is_asynchronous:
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 
@@ -127,7 +128,7 @@ def _measure_products(device: str, kind: str, dtype: torch.dtype) -> dict[str, l
     axes: dict[str, list[float]] = {name: [*widths] for name, widths in GRIDS[kind].items()}
     side = 512 if kind == "cpu" else 4096
     square = torch.randn(side, side, device=device).to(dtype)
-    rate = 2 * side**3 / _seconds_of(lambda: square @ square, kind)
+    rate = 2 * side**3 / _seconds_of(lambda: square @ square, device)
     while 6 * sum(axes["rows"]) * sum(axes["inner"]) * sum(axes["outer"]) / rate > SECONDS_OF_PRODUCTS:
         longest = max(axes.values(), key=lambda axis: axis[-1] if len(axis) > 1 else 0)
         if len(longest) == 1:
@@ -147,7 +148,7 @@ def _measure_products(device: str, kind: str, dtype: torch.dtype) -> dict[str, l
         operations = 2 * rows * inner * outer
         calls = max(1, min(100, int(1e-3 * rate / operations)))
         for name, run in runs.items():
-            found[name].append(_rounded(operations / _seconds_of(run, kind, calls)))
+            found[name].append(_rounded(operations / _seconds_of(run, device, calls)))
     return {**axes, **found}
 
 
@@ -172,8 +173,8 @@ def _measure_attention(device: str, kind: str, dtype: torch.dtype) -> dict[str, 
             return torch.autograd.grad(output, inputs, gradient, retain_graph=True)
 
         operations = 4 * batch * length * length * HEADS * head_dim
-        found["forward"].append(_rounded(operations / _seconds_of(forward, kind)))
-        found["backward"].append(_rounded(2 * operations / _seconds_of(backward, kind)))
+        found["forward"].append(_rounded(operations / _seconds_of(forward, device)))
+        found["backward"].append(_rounded(2 * operations / _seconds_of(backward, device)))
     return {**axes, **found}
 
 
@@ -187,7 +188,7 @@ def _measure_bandwidth(device: str, kind: str, dtype: torch.dtype) -> float:
             torch.add(pool[index], pool[index + 1], out=pool[index + 2])
 
     moved = 3 * (len(pool) // 3) * elements * dtype.itemsize
-    return _rounded(moved / _seconds_of(go_round, kind))
+    return _rounded(moved / _seconds_of(go_round, device))
 
 
 def _measure_launch(device: str) -> float:
@@ -201,7 +202,7 @@ def _measure_launch(device: str) -> float:
             y = y * w
         y.backward(w)
 
-    return _rounded(_seconds_of(chain, torch.device(device).type, 5) / (2 * calls))
+    return _rounded(_seconds_of(chain, device, 5) / (2 * calls))
 
 
 def _memory(device: str, kind: str) -> float:
