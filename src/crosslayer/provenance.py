@@ -33,14 +33,13 @@ def describe_run(command: str | None = None) -> Provenance:
     from . import __version__
 
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "command": command or _command(),
         "crosslayer": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {package: metadata.version(package) for package in packages},
-        "device": device,
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
@@ -71,7 +70,12 @@ def _commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def device_name(device: str) -> str:
+    """What CUDA calls a device of its own, or the system its CPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -79,4 +83,4 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-__all__ = ["Provenance", "describe_run", "script_command"]
+__all__ = ["Provenance", "describe_run", "device_name", "script_command"]

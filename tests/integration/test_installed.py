@@ -42,6 +42,8 @@ RUN = {
     "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz": f"{SMALL} --max_steps 2 "
     "--tuning_runs 0 --seeds 1 --methods dense,crnet --validation_blocks 4",
     "crosslayer bench memory": "--hidden_size 32 --layers 1,2 --methods crnet",
+    "crosslayer bench device --output device.json": "--dtypes float32",
+    "crosslayer plan --model llama_1b --device device.json --sequence 4096": "--precision float32 --gpu-memory 80GB",
 }
 PLACEHOLDERS = {"FOLDER_OR_HUB_NAME": "encoder"}
 

@@ -70,7 +70,10 @@ def test_help_is_quick_and_names_the_verbs():
 
 @pytest.mark.parametrize(
     "verb",
-    ["pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "bench memory", "bench speed", "compare"],
+    [
+        *("pretrain", "finetune", "evaluate", "generate", "plan", "analyze", "compare"),
+        *("bench memory", "bench speed", "bench device"),
+    ],
 )
 def test_help_of_a_verb(run, verb):
     result = run(*verb.split(), "--help")

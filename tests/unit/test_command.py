@@ -45,7 +45,7 @@ def test_shell_completion(run):  # noqa: F811
     assert shown.code == 0
     assert "complete -o default -F _crosslayer_completion crosslayer" in shown.out
     assert complete("crosslayer ev", 1) == ["evaluate"]
-    assert complete("crosslayer bench ", 2) == ["memory", "speed"]
+    assert complete("crosslayer bench ", 2) == ["memory", "speed", "device"]
     assert complete("crosslayer pretrain --over", 2) == ["--overwrite"]
     assert complete("crosslayer bench speed --tu", 3) == ["--turns"]
     assert complete("crosslayer pretrain --recipe crnet_1m", 3) == ["crnet_1m_text"]

@@ -52,6 +52,7 @@ VERBS = {
     "recipes": recipes.recipes,
     "bench memory": bench.memory,
     "bench speed": bench.speed,
+    "bench device": bench.measure_device,
 }
 
 
@@ -84,6 +85,16 @@ def test_every_number_has_a_range(verb):
 
 def test_the_table_names_options_that_there_are():
     assert {name for verb in VERBS for name in options_of(verb)} >= OPTIONS.keys()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_measured():
+    """Devices, over next to nothing."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        tiny = {"GRIDS": dict.fromkeys(("rows", "inner", "outer"), (16,)), "SEQUENCES": (8,), "POOL": 2**16}
+        for name, value in (tiny | {"PASS_ELEMENTS": 2**10}).items():
+            monkeypatch.setattr(f"crosslayer.bench.device.{name}", {"cpu": value})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +132,7 @@ def arguments_of(verb, root):
         ],
         "bench memory": [*tiny, "--layers=1,2"],
         "bench speed": [*tiny, "--num_hidden_layers=1", "--turns=1", "--warm_up=0", "--prompt=4", "--new_tokens=2"],
+        "bench device": ["--device=cpu"],
     }[verb]
 
 

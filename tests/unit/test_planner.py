@@ -26,6 +26,7 @@ from crosslayer.accounting import (
 )
 from crosslayer.accounting.devices import Device
 from crosslayer.accounting.planner import (
+    AS_FAST,
     Request,
     fastest,
     list_settings,
@@ -48,7 +49,7 @@ from peak_memory import allocated_peak, make_step
 
 ISSUE = {"gpu_memory": 80e9, "gpus": 8, "sequence": 4096, "tokens_per_step": 1e6, "device": "h100"}
 TINY = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4, "num_hidden_layers": 8, "rank": 16}
-CPU = Device("a small CPU", 1e9, 1e9, 1e9, 1e9, 1e9)
+CPU = Device("a small CPU", 1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
 
 
 def test_the_recommendation_is_the_fastest_that_fits():
@@ -56,7 +57,7 @@ def test_the_recommendation_is_the_fastest_that_fits():
     best = plan.recommended.setting
     assert best.fits
     assert best.peak_bytes <= plan.usable_bytes == 80e9 * 0.92
-    assert all(not s.fits or 0.999 * s.tokens_per_s <= best.tokens_per_s for s in plan.settings)
+    assert all(not s.fits or AS_FAST * s.tokens_per_s <= best.tokens_per_s for s in plan.settings)
     same = [s.micro_batch for s in plan.settings if s.fits and (s.label, s.sharding) == (best.label, best.sharding)]
     assert best.micro_batch == max(same)
     assert {s.policy for s in plan.settings} == {"none", "replay", "invert", "reversible"}
@@ -77,12 +78,17 @@ def test_figures_add_up():
 
 
 def test_other_methods_beside_it():
-    plan = make_plan("llama_1b", **ISSUE)
+    """By operations alone CR-Net is far ahead of dense; by what its kernels move it is not (docs/roofline.md)."""
+    plan = make_plan("llama_1b", **ISSUE, utilisation=0.4)
     assert set(plan.beside) == {"dense", "cola", "galore"}
     dense, galore = plan.beside["dense"], plan.beside["galore"]
     assert dense.parameters == galore.parameters
     assert galore.setting.memory_bytes["optimizer"] < dense.setting.memory_bytes["optimizer"]
     assert plan.recommended.setting.tokens_per_s > 1.5 * dense.setting.tokens_per_s
+    by_roofline = make_plan("llama_1b", **ISSUE, beside=("dense",))
+    found, dense = (x.setting.kernel_seconds for x in (by_roofline.recommended, by_roofline.beside["dense"]))
+    assert found["products"] < 0.6 * dense["products"]
+    assert 1.4 < found["passes"] / dense["passes"] < 2.5
 
 
 def test_seventy_billion_on_512_devices():
@@ -98,7 +104,7 @@ def test_seventy_billion_on_512_devices():
 @pytest.mark.parametrize("method", ["crnet", "dense", "cola"])
 def test_devices_that_split_layers_do_what_counts_say(method):
     """The time of two that split a layer, without links, over one: their share of the operations (factors: partly)."""
-    given = {**ISSUE, "beside": (), "bandwidth": 1e18, "network": 1e18, "micro_batch": 1, "fsdp": 1}
+    given = {**ISSUE, "beside": (), "bandwidth": 1e18, "network": 1e18, "micro_batch": 1, "fsdp": 1, "utilisation": 0.4}
     one, two = (make_plan("llama_7b", method, **given | {"gpu_memory": 1e12}, tensor_parallel=n) for n in (1, 2))
     slower = one.recommended.setting.tokens_per_s / two.recommended.setting.tokens_per_s
     if method == "dense":
@@ -116,7 +122,7 @@ def test_a_given_split_is_kept():
 
 def test_slow_links_change_the_split():
     """The same devices: what crosses nodes waits for the network."""
-    given = {"gpus": 16, "sequence": 4096, "tokens_per_step": 1e6, "beside": ()}
+    given = {"gpus": 16, "sequence": 4096, "tokens_per_step": 1e6, "beside": (), "utilisation": 0.4}
     fast, slow = (make_plan("llama_13b", **given, network=network) for network in (50e9, 0.5e9))
     assert fast.recommended.setting.waiting_seconds == 0 < slow.recommended.setting.waiting_seconds
     assert slow.recommended.setting.tokens_per_s < 0.7 * fast.recommended.setting.tokens_per_s

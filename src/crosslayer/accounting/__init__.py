@@ -11,6 +11,8 @@ from .kept import saved_bytes
 from .memory import estimate_memory
 from .methods import TRAININGS, Adapter, Method, method_of
 from .parameters import count_adapter_parameters, count_parameters, dense_counterpart
+from .rates import Rates, device_and_rates, read_rates, sheet_rates
+from .roofline import Operation, StepTime, predict_step
 from .shapes import SIZES, Layer, Linear, Shape, named_shape
 from .steps import PRECISIONS, Precision, Sharding, Step
 
@@ -26,16 +28,20 @@ __all__ = [
     "Linear",
     "Links",
     "Method",
+    "Operation",
     "Operations",
     "Precision",
+    "Rates",
     "Shape",
     "Sharding",
     "Step",
+    "StepTime",
     "count_adapter_parameters",
     "count_collectives",
     "count_operations",
     "count_parameters",
     "dense_counterpart",
+    "device_and_rates",
     "estimate_memory",
     "find_device",
     "lor2c_parameters",
@@ -43,6 +49,9 @@ __all__ = [
     "method_of",
     "named_shape",
     "peak_flops",
+    "predict_step",
+    "read_rates",
     "saved_bytes",
+    "sheet_rates",
     "training_flops_per_token",
 ]

@@ -8,15 +8,16 @@ values D' wide. Norms, rotary embeddings, softmax and the gate are left out (abo
 Letters: D hidden size, L layers, T tokens in a sequence, V vocabulary, r rank.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..methods import MATRIX_OPTIMIZERS
 from .kept import keeps_state
 from .methods import Method, policy_of
 from .parameters import list_matrices, optimizer_rank, trained_beside
-from .shapes import Layer, Shape
+from .shapes import Factor, Layer, Linear, Shape
 
 PARTS = ("layers", "attention", "head", "carried")
 
@@ -46,6 +47,28 @@ class Operations:
         return sum(number for counts in parts for part, number in counts.items() if part != "carried")
 
 
+class Multiplication(NamedTuple):
+    """One product with a matrix `inner` x `outer`, or with `copies` of which a token meets `active`.
+
+    Args:
+        phase: forward, backward or recompute.
+        of: what it gives: the "output", or in the backward the gradient of the "input" or of the "weights".
+    """
+
+    phase: str
+    part: str
+    of: str
+    inner: float
+    outer: float
+    active: float = 1
+    copies: int = 1
+
+    @property
+    def operations(self) -> float:
+        """Per token."""
+        return 2 * self.active * self.inner * self.outer
+
+
 def count_operations(
     config: Any, sequence_length: int, method: Method | None = None, *, tokens: int | None = None, tensor: int = 1
 ) -> Operations:
@@ -61,32 +84,52 @@ def count_operations(
 
     With a frozen model the first layer's input wants no gradient, so neither do products before the first adapter.
     """
-    shape, method = Shape.of(config), method or Method()
-    forward, backward, again = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
-    once = shape.of_layers(lambda layer_idx: _sltrain_product(shape, layer_idx) / (tokens or sequence_length))
+    found = {phase: dict.fromkeys(PARTS, 0.0) for phase in ("forward", "backward", "recompute")}
+    products = list_products(Shape.of(config), sequence_length, method or Method(), tokens=tokens, tensor=tensor)
+    for product, times in products.items():
+        found[product.phase][product.part] += times * product.operations
+    return Operations(**found)
+
+
+def list_products(
+    shape: Shape, sequence_length: int, method: Method, *, tokens: int | None = None, tensor: int = 1
+) -> Counter[Multiplication]:
+    """Every product of a training step and how often it is there; arguments as in `count_operations`.
+
+    Attention has two for queries and for values, T x width; sums b Y are the part "carried", 1 x width.
+    """
     T, last = sequence_length, shape.num_hidden_layers - 1
-    alike: dict[Any, list[tuple[str, float, int]]] = {}  # many layers are one object
-    alike_again: dict[Any, list[tuple[str, float]]] = {}
+    alike: Counter[Any] = Counter()  # many layers are one object
     for layer_idx, layer in enumerate(shape.layers):
         beside = trained_beside(shape, method, layer_idx)
-        kind = (id(layer), layer_idx > 0, *beside.items())
-        if kind not in alike:
-            alike[kind] = [*_products(shape, method, layer_idx, T, tensor)]
-        for part, entries, gradients in alike[kind]:
-            forward[part] += 2 * entries
-            backward[part] += 2 * entries * gradients
         at_hand = layer_idx == last or keeps_state(shape, method, layer_idx)
-        if (id(layer), at_hand) not in alike_again:
-            alike_again[id(layer), at_hand] = [*_products_again(shape, method, layer, T, tensor, at_hand)]
-        for part, entries in alike_again[id(layer), at_hand]:
-            again[part] += 2 * entries
+        alike[id(layer), at_hand, layer_idx > 0, *beside.items()] += 1
+    found: Counter[Multiplication] = Counter()
+    for layer_idx, layer in enumerate(shape.layers):
+        beside = trained_beside(shape, method, layer_idx)
+        at_hand = layer_idx == last or keeps_state(shape, method, layer_idx)
+        times = alike.pop((id(layer), at_hand, layer_idx > 0, *beside.items()), 0)
+        if not times:
+            continue
+        for part, (inner, outer, active, count), of_input, of_weights in _products(shape, method, layer_idx, T, tensor):
+            gradients = [("backward", "input")] * of_input + [("backward", "weights")] * of_weights
+            for phase, of in [("forward", "output"), *gradients]:
+                found[Multiplication(phase, part, of, inner, outer, active, count)] += times
+        for part, factor in _products_again(shape, method, layer, T, tensor, at_hand):
+            found[Multiplication("recompute", part, "output", *factor)] += times
         if shape.factorization == "sltrain":
-            forward["layers"] += 2 * once[layer_idx]
-            backward["layers"] += 2 * 3 * once[layer_idx]  # W rebuilt, then dA and dB
-    head = shape.vocab_size * shape.hidden_size / tensor
-    forward["head"] = 2 * head
-    backward["head"] = 2 * head * (1 if method.adapter is not None else 2)
-    return Operations(forward, backward, again)
+            for linear in layer.linears.values():
+                for inner, outer, _, count in linear.factors(is_dense=True):  # B A, of r rows
+                    share = count * (linear.rank or 0) / (tokens or sequence_length)
+                    found[Multiplication("forward", "layers", "output", inner, outer, share)] += times
+                    rebuilt = Multiplication("backward", "layers", "output", inner, outer, share)
+                    found[rebuilt] += 3 * times  # W again, then dA and dB
+    head = (float(shape.hidden_size), shape.vocab_size / tensor)
+    found[Multiplication("forward", "head", "output", *head)] += 1
+    found[Multiplication("backward", "head", "input", *head)] += 1
+    if method.adapter is None:
+        found[Multiplication("backward", "head", "weights", *head)] += 1
+    return found
 
 
 def training_flops_per_token(config: Any, sequence_length: int) -> int:
@@ -98,29 +141,42 @@ def training_flops_per_token(config: Any, sequence_length: int) -> int:
     return int(count_operations(config, sequence_length).model)
 
 
-def _products(shape: Shape, method: Method, layer_idx: int, T: int, tensor: int) -> Iterator[tuple[str, float, int]]:
-    """(part, entries per token, how many gradients are wanted: of the input, of the weights) of one layer."""
+def _products(
+    shape: Shape, method: Method, layer_idx: int, T: int, tensor: int
+) -> Iterator[tuple[str, Factor, bool, bool]]:
+    """(part, matrix, whether the gradient of the input is wanted, and that of the weights) of one layer."""
     learns = method.adapter is None and method.optimizer != "relora"
     adapters = trained_beside(shape, method, layer_idx)
     below = method.adapter is None or layer_idx > 0  # whether anything below the layer wants a gradient
     layer = shape.layers[layer_idx]
     reads = _inputs_that_learn(shape, layer, adapters, below)
+    hidden = shape.hidden_size
     for position, linear in layer.linears.items():
-        for number in layer.products_on_one(position, tensor, is_dense=shape.factorization == "sltrain"):
-            yield "layers", number, reads[position] + learns
+        for factor in layer.factors_on_one(position, tensor, is_dense=shape.factorization == "sltrain"):
+            yield "layers", factor, reads[position], learns
         if linear.router:
-            yield "layers", linear.router, reads[position] + learns
+            yield "layers", _router(linear), reads[position], learns
         if position in adapters:
-            yield "layers", adapters[position] * linear.in_features, reads[position] + 1
-            yield "layers", adapters[position] * linear.out_features, 2
+            yield "layers", (linear.in_features, adapters[position], 1, 1), reads[position], True
+            yield "layers", (adapters[position], linear.out_features, 1, 1), True, True
     into_attention = layer.group(attention=True, adds=False)
-    wanted = 2 * any(reads[p] or p in adapters for p in into_attention)  # a fused kernel gives all or nothing
-    yield "attention", T * layer.query_width / tensor, wanted
-    yield "attention", T * layer.value_width / tensor, wanted
+    wanted = any(reads[p] or p in adapters for p in into_attention)  # a fused kernel gives all or nothing
+    for factor in _attention(layer, T, tensor):
+        yield "attention", factor, wanted, wanted
     if "block" in adapters:
-        yield "layers", adapters["block"] * shape.hidden_size, below + 1
-        yield "layers", adapters["block"] * shape.hidden_size, 2
-    yield "carried", layer.built_width(tensor), 2
+        yield "layers", (hidden, adapters["block"], 1, 1), below, True
+        yield "layers", (adapters["block"], hidden, 1, 1), True, True
+    yield "carried", (1, layer.built_width(tensor), 1, 1), True, True
+
+
+def _attention(layer: Layer, T: int, tensor: int) -> tuple[Factor, Factor]:
+    """Scores, and their sum over values."""
+    return (T, layer.query_width / tensor, 1, 1), (T, layer.value_width / tensor, 1, 1)
+
+
+def _router(linear: Linear) -> Factor:
+    """Of a mixture."""
+    return (linear.in_features, linear.router / linear.in_features, 1, 1)
 
 
 def _inputs_that_learn(shape: Shape, layer: Layer, adapters: dict[str, int], below: bool) -> dict[str, bool]:
@@ -143,8 +199,8 @@ def _inputs_that_learn(shape: Shape, layer: Layer, adapters: dict[str, int], bel
 
 def _products_again(
     shape: Shape, method: Method, layer: Layer, T: int, tensor: int, is_at_hand: bool
-) -> Iterator[tuple[str, float]]:
-    """(part, entries per token) of what the backward runs again in one layer, whose state may be at hand.
+) -> Iterator[tuple[str, Factor]]:
+    """(part, matrix) of what the backward runs again in one layer, whose state may be at hand.
 
     layers      the layer's forward but its last product, whose input is the last thing that is missing
     cola_m      every product with B, and attention
@@ -156,40 +212,37 @@ def _products_again(
     and where `replay` makes a state. A mixture of experts runs again as a whole, and its router once more under every
     policy, since the choice is made ahead.
     """
-    attention = T * (layer.query_width + layer.value_width) / tensor
     is_sltrain = shape.factorization == "sltrain"
-    linears = {name: layer.products_on_one(name, tensor, is_sltrain) for name in layer.linears}
+    linears = {name: layer.factors_on_one(name, tensor, is_sltrain) for name in layer.linears}
     policy = policy_of(method, shape.factorization)
+    runs_attention = method.recompute in ("layers", "cola_m") or (policy is not None and not policy.keeps_attention)
+    if runs_attention:
+        for factor in _attention(layer, T, tensor):
+            yield "attention", factor
     if method.recompute == "layers":
-        yield "attention", attention
-        yield "layers", sum(sum(entries) for entries in linears.values()) - list(linears.values())[-1][-1]
-        yield "carried", layer.built_width(tensor)
+        for factor in [factor for factors in linears.values() for factor in factors][:-1]:
+            yield "layers", factor
+        yield "carried", (1, layer.built_width(tensor), 1, 1)
     elif method.recompute == "cola_m":
-        yield "attention", attention
-        yield "layers", sum(entries[-1] for entries in linears.values())
+        for factors in linears.values():
+            yield "layers", factors[-1]
     elif policy is not None:
-        if not policy.keeps_attention:
-            yield "attention", attention
         for name, linear in layer.linears.items():
             if linear.is_mixture:
-                again = 0 if policy.name == "none" else sum(linears[name]) + linear.router
-                yield "layers", linear.router + again
+                again = () if policy.name == "none" else (*linears[name], _router(linear))
+                for factor in (_router(linear), *again):
+                    yield "layers", factor
             elif linear.rank is None or (linear.carries and not linear.builds):
                 continue  # its input is at hand, and so is its Y
             elif not linear.carries:
-                times = (policy.name != "none") + (policy.name == "replay" and not is_at_hand)
-                yield "layers", times * linears[name][-1]
+                for _ in range((policy.name != "none") + (policy.name == "replay" and not is_at_hand)):
+                    yield "layers", linears[name][-1]
             else:
                 if policy.inverts or not is_at_hand:
                     yield "layers", linears[name][-1]
-                    yield "carried", linear.out_features / layer.split_of(name, tensor)
+                    yield "carried", (1, linear.out_features / layer.split_of(name, tensor), 1, 1)
                 if not policy.keeps_low_rank:
                     yield "layers", linears[name][0]
-
-
-def _sltrain_product(shape: Shape, layer_idx: int) -> int:
-    """Entries of B A in one layer: in out r. The scatter of S, one addition per non-zero, is left out."""
-    return sum(linear.dense_entries * (linear.rank or 0) for linear in shape.layers[layer_idx].linears.values())
 
 
 def optimizer_operations(config: Any, method: Method, refresh_every: int = 200) -> float:
@@ -224,8 +277,10 @@ def optimizer_operations(config: Any, method: Method, refresh_every: int = 200) 
 
 
 __all__ = [
+    "Multiplication",
     "Operations",
     "count_operations",
+    "list_products",
     "optimizer_operations",
     "training_flops_per_token",
 ]

@@ -8,9 +8,9 @@ from ..errors import ConfigError
 from .communication import Axis, Links
 from .devices import Device
 from .methods import OPTIMIZERS
+from .rates import Rates, sheet_rates
 from .steps import PRECISIONS, Sharding
 
-DEFAULT_UTILISATION = 0.4
 DEFAULT_RESERVE = 0.08
 """Share of a device's memory left to its context and to the allocator's gaps. Our choice."""
 ONE_NODE = Links(node=8, within=1.0, between=1.0)
@@ -25,6 +25,8 @@ class Setting:
     Args:
         tensor_parallel, fsdp, replicas: devices along each axis (`Sharding`).
         operations_per_token: of the whole model, by phase.
+        kernel_seconds: of an optimizer step on each device: products, attention, passes and update (roofline.py); empty
+            where one utilisation is given for all.
         sent_bytes: that each device sends in a step, by axis.
         step_seconds, waiting_seconds: of a step; what of it is waited for links.
     """
@@ -40,6 +42,7 @@ class Setting:
     memory_bytes: dict[str, int]
     fits: bool
     operations_per_token: dict[str, float]
+    kernel_seconds: dict[str, float]
     sent_bytes: Mapping[Axis, float]
     step_seconds: float
     waiting_seconds: float
@@ -89,6 +92,9 @@ class MemoryPlan:
     Args:
         changes: fields of `Request` that are not as asked, since nothing would fit (changes.py).
         needed_bytes: of each device for the smallest setting as asked, with the reserve.
+        utilisation: share of `peak_flops`, of the precision's products, that all operations run at; None where each has
+            its own time.
+        is_measured: whether the device's rates come from a file, not from a data sheet.
     """
 
     model: str
@@ -100,7 +106,8 @@ class MemoryPlan:
     needed_bytes: float
     device: str
     peak_flops: float
-    utilisation: float
+    utilisation: float | None
+    is_measured: bool
     gpus: int
     gpu_memory_bytes: float
     usable_bytes: float
@@ -141,7 +148,8 @@ class Request:
         optimizer: adamw, adamw_8bit, muon or spectron for methods that AdamW trains; None: the method's own.
         gradient_release: the optimizer steps within the backward, on one device and without accumulation: a step has
             the tokens of a micro-batch, at most `tokens_per_step`.
-        utilisation: share of the device's peak that operations run at.
+        rates: how fast the device is; its data sheet's (`sheet_rates`) where none are given.
+        utilisation: share of the device's peak that all operations run at; None: each has the time of its roofline.
         reserve: share of the memory that is left alone.
         tensor_parallel, fsdp: devices that split each layer, and that share weights, gradients and states; the rest
             are replicas. None: whatever is fastest.
@@ -159,7 +167,8 @@ class Request:
     precision: str = "bf16_autocast"
     optimizer: str | None = None
     gradient_release: bool = False
-    utilisation: float = DEFAULT_UTILISATION
+    rates: Rates | None = None
+    utilisation: float | None = None
     reserve: float = DEFAULT_RESERVE
     tensor_parallel: int | None = None
     fsdp: int | None = None
@@ -175,7 +184,7 @@ class Request:
                 ("gpu_memory", self.gpu_memory, self.gpu_memory > 0, "more than 0, such as 80GB"),
                 ("sequence", self.sequence, self.sequence >= 1, "at least 1"),
                 ("tokens", self.tokens, self.tokens > 0, "more than 0, such as 20B"),
-                ("utilisation", self.utilisation, 0 < self.utilisation <= 1, "a share above 0, at most 1"),
+                ("utilisation", self.utilisation, 0 < (self.utilisation or 1) <= 1, "a share above 0, at most 1"),
                 ("reserve", self.reserve, 0 <= self.reserve < 1, "a share of at least 0, below 1"),
                 ("tensor_parallel", self.tensor_parallel, (self.tensor_parallel or 1) >= 1, "at least 1"),
                 ("fsdp", self.fsdp, (self.fsdp or 1) >= 1, "at least 1"),
@@ -206,6 +215,7 @@ class Request:
             problems.append(f"{product} does not divide gpus={self.gpus}: what is left over has to be whole replicas")
         if problems:
             raise ConfigError("; ".join(problems))
+        self.speed.check_dtype(PRECISIONS[self.precision].dtype)
 
     @property
     def usable(self) -> float:
@@ -214,8 +224,16 @@ class Request:
 
     @property
     def peak_flops(self) -> float:
-        """Of the matrix products: TF32, which float32 products may use, has half of bf16's on the data sheets."""
-        return self.device.flops / (2 if PRECISIONS[self.precision].products == 4 else 1)
+        """Operations per second of the products' dtype: the data sheet's, or the fastest that was measured."""
+        if self.rates is not None:
+            return self.rates.peak[PRECISIONS[self.precision].dtype]
+        by_dtype = {"bfloat16": self.device.flops, "tf32": self.device.flops / 2, "float32": self.device.float32_flops}
+        return by_dtype[PRECISIONS[self.precision].dtype]
+
+    @property
+    def speed(self) -> Rates:
+        """Measured, or by the data sheet."""
+        return sheet_rates(self.device) if self.rates is None else self.rates
 
 
 __all__ = ["MemoryPlan", "Recommendation", "Request", "Setting"]

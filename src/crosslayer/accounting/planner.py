@@ -1,12 +1,11 @@
 """Which setting to train in: memory policy, micro-batch and sharding that fit a device, and the fastest of them.
 
-Arithmetic alone: memory by `estimate_memory`, time by
+Arithmetic alone: memory by `estimate_memory`, time by `predict_step`, operation by operation, and what is waited for
+links (communication.py). With a `utilisation` it is instead, for all operations,
 
     seconds per token and device = (forward + backward + recompute operations) / (utilisation x peak of the device)
 
-with one utilisation for all, and what is waited for links (communication.py). What that leaves out: the optimizer's own
-time, what starting a collective takes, and that a method with fewer operations per byte reaches a lower utilisation
-(docs/accounting.md has measurements).
+What that leaves out: what starting a collective takes, the loader, evaluation.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,18 +16,21 @@ from ..crnet.policies import POLICIES_OF
 from ..errors import ConfigError
 from .changes import SPLIT, changed_requests, changes_between, in_words
 from .communication import AXES, Links, count_collectives, step_seconds
-from .devices import find_device
 from .flops import Operations, count_operations, optimizer_operations
 from .memory import estimate_memory
 from .methods import OPTIMIZERS, TRAININGS, Adapter, Method, can_release, named_method, optimized, policy_of
 from .parameters import count_parameters, count_trainable
 from .plan import LINK_UTILISATION, MemoryPlan, Recommendation, Request, Setting
+from .rates import device_and_rates
 from .recipe_lines import recipe_lines
+from .roofline import predict_step
 from .shapes import SIZES, Shape, named_shape
 from .splits import list_splits
 from .steps import PRECISIONS, Precision, Sharding, Step
 from .units import parse_bytes, parse_tokens, show_bytes
 
+AS_FAST = 0.98
+"""Settings within so much of the fastest count as equals: less than a prediction is worth. Our choice."""
 TOKENS_PER_PARAMETER = 20
 """Token budget where none is given: so many per parameter of the dense model (arXiv 2203.15556)."""
 
@@ -55,7 +57,7 @@ def make_plan(
     Args:
         model: a name of `SIZES`, a `Shape`, or the fields of a configuration.
         method: a name of `TRAININGS`; "crnet" tries all memory policies, others with and without checkpointing.
-        device: a name of `DEVICES`; h100 by default.
+        device: a name of `DEVICES`, or a file that `crosslayer bench device` wrote; h100 by default.
         gpu_memory: bytes of each device; the device's own by default.
         bandwidth, network: bytes per second that a device sends within its node and to others; 0.8 of the device's data
             sheet by default.
@@ -73,12 +75,13 @@ def make_plan(
     would.
     """
     base = named_shape(model) if isinstance(model, str) else Shape.of(model)
-    chosen = find_device(device or "h100")
+    chosen, rates = device_and_rates(device or "h100")
     tokens = (
         TOKENS_PER_PARAMETER * sum(count_parameters(base.factorized("dense")).values()) if tokens is None else tokens
     )
     asked = Request(
         device=chosen,
+        rates=rates,
         gpu_memory=chosen.memory if gpu_memory is None else gpu_memory,
         tokens_per_step=tokens_per_step,
         tokens=tokens,
@@ -117,6 +120,7 @@ def make_plan(
         device=chosen.name,
         peak_flops=used.peak_flops,
         utilisation=used.utilisation,
+        is_measured=rates is not None,
         gpus=used.gpus,
         gpu_memory_bytes=used.gpu_memory,
         usable_bytes=used.usable,
@@ -179,10 +183,11 @@ def make_setting(shape: Shape, method: Method, request: Request, sharding: Shard
         sharding=sharding,
         accumulates=accumulation > 1,
         releases_gradients=releases,
+        fused_norms=request.speed.kind == "cuda",
     )
     memory = estimate_memory(shape, step, method)
     operations = count_operations(shape, request.sequence, method, tokens=step.tokens)
-    compute = _compute_seconds(shape, method, request, step, operations)
+    compute, kernels = _compute_seconds(shape, method, request, step, operations)
     collectives = count_collectives(shape, step, method)
     seconds = step_seconds(compute, request.links.seconds(collectives, sharding), accumulation, request.overlap)
     computing = accumulation * (compute["forward"] + compute["backward"]) + compute["update"]
@@ -207,6 +212,7 @@ def make_setting(shape: Shape, method: Method, request: Request, sharding: Shard
             "backward": sum(operations.backward.values()),
             "recompute": sum(operations.recompute.values()),
         },
+        kernel_seconds={name: x * (1 if name == "update" else accumulation) for name, x in kernels.items()},
         sent_bytes=sent,
         step_seconds=seconds,
         waiting_seconds=max(0.0, seconds - computing),
@@ -216,16 +222,24 @@ def make_setting(shape: Shape, method: Method, request: Request, sharding: Shard
     )
 
 
-def _compute_seconds(shape: Shape, method: Method, request: Request, step: Step, own: Operations) -> dict[str, float]:
-    """Of a micro-batch on one device by phase, and of the update, which every device does alone."""
+def _compute_seconds(
+    shape: Shape, method: Method, request: Request, step: Step, own: Operations
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Of a micro-batch on one device by phase, and of the update; and of its kernels by what they are."""
+    if request.utilisation is None:
+        time = predict_step(shape, step, request.speed, method)
+        phases = time.by_phase
+        phases["backward"] += phases.pop("recompute")
+        return phases, time.by_part
     if step.sharding.tensor > 1:
         own = count_operations(shape, request.sequence, method, tokens=step.tokens, tensor=step.sharding.tensor)
     speed = request.utilisation * request.peak_flops
-    return {
+    phases = {
         "forward": step.tokens * sum(own.forward.values()) / speed,
         "backward": step.tokens * (sum(own.backward.values()) + sum(own.recompute.values())) / speed,
         "update": optimizer_operations(shape, method) / speed,
     }
+    return phases, {}
 
 
 def _interval(shape: Shape, method: Method) -> int | None:
@@ -237,11 +251,11 @@ def _interval(shape: Shape, method: Method) -> int | None:
 
 
 def fastest(settings: Iterable[Setting]) -> Setting | None:
-    """The fastest that fits; of those within a thousandth the simplest split, then the largest micro-batch."""
+    """The fastest that fits; of its equals (`AS_FAST`) the simplest split, then the fastest policy and micro-batch."""
     fitting = [setting for setting in settings if setting.fits]
     best = max((setting.tokens_per_s for setting in fitting), default=0.0)
-    equals = [setting for setting in fitting if setting.tokens_per_s >= 0.999 * best]
-    return max(equals, key=lambda s: (-s.tensor_parallel, -s.fsdp, s.micro_batch), default=None)
+    equals = [setting for setting in fitting if setting.tokens_per_s >= AS_FAST * best]
+    return max(equals, key=lambda s: (-s.tensor_parallel, -s.fsdp, s.tokens_per_s, s.micro_batch), default=None)
 
 
 def recommend(
@@ -322,7 +336,7 @@ def _check_optimizer(name: str, shape: Shape, trained: Method, asked: Request) -
 
 def _reason(best: Setting, settings: list[Setting]) -> str:
     policies = {s.label: s for s in settings if s.micro_batch == 1}
-    faster = [s for s in policies.values() if s.tokens_per_s > best.tokens_per_s * (1 + 1e-9)]
+    faster = [s for s in policies.values() if not s.fits and s.tokens_per_s > best.tokens_per_s * (1 + 1e-9)]
     reason = f"the fastest that fits, with the largest micro-batch of {best.micro_batch}"
     if not faster:
         return f"{reason}: nothing has to be run again" if best.operations_per_token["recompute"] == 0 else reason

@@ -40,6 +40,8 @@ def recipe_lines(shape: Shape, trained: Method, best: Setting, request: Request)
             model["recompute_interval"] = best.interval
     if PRECISIONS[request.precision] == PRECISIONS["bf16_autocast"]:
         training["bf16"] = True
+    elif PRECISIONS[request.precision].tf32:
+        training["tf32"] = True
     elif PRECISIONS[request.precision].weights == 2:
         model["dtype"] = "bfloat16"
     if best.fsdp > 1 and best.replicas == 1 and best.accumulation > 1:

@@ -31,6 +31,8 @@ SIZES = {
 }
 T = TypeVar("T")
 FACTORIZATIONS = ("dense", "cross_layer", "low_rank", "cola", "sltrain")
+Factor = tuple[float, float, int, int]
+"""(in, out, how many a token meets, how many there are) of matrices of one kind."""
 READ_AT_ONCE = ("crnet", "llama", "crnet_mistral", "mistral")
 """Values of `model_type` whose blocks are Llama's: their fields are read without importing transformers."""
 
@@ -80,15 +82,14 @@ class Linear:
         """Entries of A and B of that rank beside its matrices, every expert's."""
         return sum(rank * (i + o) * count for i, o, count in self.position.matrices)
 
-    def products(self, is_dense: bool = False) -> tuple[int, ...]:
-        """Entries that a token meets, product by product: (in out,) or (in r, r out); of active experts."""
-        found: list[int] = []
+    def factors(self, is_dense: bool = False) -> tuple[Factor, ...]:
+        """Its matrices in order: the dense one, or A and B; those of a mixture's experts."""
+        found: list[Factor] = []
         for i, o, count in self.position.matrices:
-            mixture = self.position.mixture
+            mixture, rank = self.position.mixture, self.rank
             active = count if mixture is None else count * mixture.active // mixture.experts
-            found += (
-                [active * i * o] if self.rank is None or is_dense else [active * self.rank * i, active * self.rank * o]
-            )
+            widths = [(i, o)] if rank is None or is_dense else [(i, rank), (rank, o)]
+            found += [(inner, outer, active, count) for inner, outer in widths]
         return tuple(found)
 
     @property
@@ -140,18 +141,21 @@ class Layer:
         """Whether a position is split at all over `tensor` devices, by its outputs or by its inputs."""
         return not (name in ("k", "v") and self.attention.key_value_heads % tensor)
 
-    def products_on_one(self, name: str, tensor: int, is_dense: bool = False) -> tuple[float, ...]:
-        """Entries that a token meets in a position, product by product, on one of `tensor` devices that split it.
+    def factors_on_one(self, name: str, tensor: int, is_dense: bool = False) -> tuple[Factor, ...]:
+        """The matrices of a position, on one of `tensor` devices that split it.
 
         Layout R (crnet/tensor_parallel.py): of factors, the side that faces the split is split, the other whole.
         """
-        entries = self.linears[name].products(is_dense)
+        linear, by_rows = self.linears[name], self.adds(name)
+        factors = linear.factors(is_dense)
         if tensor == 1 or not self.is_split(name, tensor):
-            return entries
-        if self.linears[name].rank is None or self.linears[name].is_mixture or is_dense:
-            return tuple(number / tensor for number in entries)
-        first, second = entries
-        return (first / tensor, second) if self.adds(name) else (first, second / tensor)
+            return factors
+        is_pair = not (linear.rank is None or linear.is_mixture or is_dense)
+        is_split = [(index == 0) == by_rows if is_pair else True for index in range(len(factors))]
+        return tuple(
+            (i / (tensor if split and by_rows else 1), o / (tensor if split and not by_rows else 1), active, count)
+            for (i, o, active, count), split in zip(factors, is_split, strict=True)
+        )
 
     def in_attention(self, name: str) -> bool:
         """Whether a position lies in the attention, by its path in the block; otherwise in the MLP."""
@@ -442,4 +446,4 @@ def _check_factorization(name: Any) -> None:
         raise ConfigError(f"factorization={name!r} is unknown; allowed: {', '.join(FACTORIZATIONS)}")
 
 
-__all__ = ["FACTORIZATIONS", "SIZES", "Layer", "Linear", "Shape", "named_shape"]
+__all__ = ["FACTORIZATIONS", "SIZES", "Factor", "Layer", "Linear", "Shape", "named_shape"]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 class Precision:
     """Bytes of an element. `products` below `weights` is autocast: matrix products in it, the rest in `weights`.
 
-    `gathered`: of weights that FSDP gathers; None is their own, `products` is FSDP's mixed precision.
+    `gathered`: of weights that FSDP gathers; None is their own, `products` is FSDP's mixed precision. `tf32`: float32
+    products on tensor cores, which round their inputs to 10 bits.
     """
 
     weights: int = 4
@@ -15,6 +16,12 @@ class Precision:
     states: int = 4
     products: int = 4
     gathered: int | None = None
+    tf32: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Of the products: float32, tf32 or bfloat16."""
+        return "bfloat16" if self.products == 2 else "tf32" if self.tf32 else "float32"
 
     @property
     def on_the_way(self) -> int:
@@ -34,6 +41,7 @@ class Precision:
 
 PRECISIONS = {
     "float32": Precision(),
+    "tf32": Precision(tf32=True),
     "bf16": Precision(weights=2, gradients=2, states=2, products=2),
     "bf16_autocast": Precision(products=2),
 }
@@ -78,7 +86,8 @@ class Step:
         precision: bytes of the elements.
         sharding: over devices.
         fused_loss: the loss is taken by vocabulary chunks (`CRNetForCausalLM.fused_loss`, our recipes).
-        fused_norms: the norm keeps its input and output, not what lies between: CUDA's kernel. False on a CPU.
+        fused_norms: the norm keeps its input and output, not what lies between: CUDA's kernel. False on a CPU,
+            and `passes.py` then counts a CPU's kernels elsewhere too.
         fused_optimizer: AdamW updates in place (`adamw_torch_fused`, the Trainer's default); otherwise one more copy of
             the parameters passes by.
         accumulates: gradients of earlier micro-batches are there already.

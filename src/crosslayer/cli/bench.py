@@ -1,4 +1,4 @@
-"""`crosslayer bench`: what methods cost at one shape, in memory and in time."""
+"""`crosslayer bench`: what methods cost at one shape, in memory and in time, and how fast a device is."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ bench = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
 
 @bench.callback()
 def choose(context: typer.Context) -> None:
-    """Measure methods at one shape: memory, speed."""
+    """Measure methods at one shape, memory and speed, or the device at hand."""
     help_without_arguments(context)
 
 
@@ -145,6 +145,46 @@ def speed(
         print_json(context | {"turns": turns, "warm_up": warm_up, **result})
         return
     _print_speed(contenders.methods, result)
+
+
+@bench.command("device")
+@checked
+def measure_device(
+    output: Annotated[
+        str | None, typer.Option(help="File to write, for `plan --device` [default: print the JSON].")
+    ] = None,
+    dtypes: Annotated[
+        str | None, typer.Option(help="Some of float32,tf32,bfloat16 [default: all that the device has].")
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """How fast the device at hand is: products by shape and dtype, attention, memory bandwidth, launches.
+
+    It takes less than 30 seconds and wants the machine for itself. A CPU is measured with the threads that
+    OMP_NUM_THREADS allows. For example: crosslayer bench device --output device.json
+    """
+    from pathlib import Path
+
+    from ..bench import device as measuring
+    from ..errors import ConfigError
+    from .common import print_json
+    from .evaluate import choose_device
+
+    path = None if output is None else Path(output).expanduser()
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ConfigError(f"output={output!r} is a folder, or lies in none; give a file in a folder that is there")
+    names = None if dtypes is None else [name.strip() for name in dtypes.split(",")]
+    rates = measuring.measure_device(choose_device(device), names)
+    if path is not None:
+        measuring.write_rates(rates, path)
+    if path is None or as_json:
+        print_json(rates.to_dict())
+        return
+    peaks = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in rates.peak.items())
+    print(f"{rates.device}, {rates.kind}: GFLOP/s of the fastest product: {peaks}")
+    print(f"{rates.bandwidth['float32'] / 1e9:,.1f} GB/s; {1e6 * rates.launch:.1f} us from kernel to kernel")
+    print(f"wrote {output}; use it with: crosslayer plan --device {output}")
 
 
 def _shape(

@@ -24,14 +24,17 @@ def plan(
     rank: Annotated[int | None, typer.Option(help="Rank [default: a quarter of the width; 8 for adapters].")] = None,
     gpu_memory: Annotated[str | None, spelled("gpu-memory", "Of each, as 80GB [default: the device's].")] = None,
     gpus: Annotated[int, typer.Option(help="Number of devices.")] = 1,
-    device: Annotated[str | None, typer.Option(help="h100, h200, a100, rtx-4090, ... [default: h100].")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="h100, h200, a100, rtx-4090, ..., or a file of `bench device` [default: h100]."),
+    ] = None,
     sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
     tokens_per_step: Annotated[str, spelled("tokens-per-step", "Tokens of an optimizer step, as 1M.")] = "1M",
     tokens: Annotated[
         str | None, typer.Option(help="Tokens of the training, as 20B [default: 20 per parameter of the dense model].")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="bf16_autocast (float32 weights), bf16 (everything) or float32.")
+        str, typer.Option(help="bf16_autocast (float32 weights), bf16 (everything), float32 or tf32.")
     ] = "bf16_autocast",
     optimizer: Annotated[
         str | None,
@@ -40,7 +43,10 @@ def plan(
     gradient_release: Annotated[
         bool, spelled("gradient-release", "Step within the backward: one device, no accumulation.")
     ] = False,
-    utilisation: Annotated[float, typer.Option(help="Share of the device's peak that is reached.")] = 0.4,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(help="Share of the peak that all operations run at [default: each has its own time]."),
+    ] = None,
     reserve: Annotated[float, typer.Option(help="Share of the memory that is left alone.")] = 0.08,
     tensor_parallel: Annotated[
         int | None, spelled("tensor-parallel", "Devices that split each layer [default: the fastest].")

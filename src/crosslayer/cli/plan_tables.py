@@ -41,8 +41,16 @@ def _show_model(console: Console, plan: MemoryPlan) -> None:
     console.print(f"{plan.model}, {plan.method}{rank}: {plan.parameters / 1e6:,.2f}M parameters{trained}")
     console.print(
         f"{describe_devices(plan, plan.gpus)}; {plan.precision}, sequences of {plan.sequence:,} tokens; "
-        f"{plan.tokens / 1e9:,.3g}B tokens at {plan.utilisation:.0%} of {plan.peak_flops / 1e12:,.0f} TFLOP/s\n"
+        f"{plan.tokens / 1e9:,.3g}B tokens {describe_speed(plan)}\n"
     )
+
+
+def describe_speed(plan: MemoryPlan) -> str:
+    """What times rest on."""
+    peak = f"{plan.peak_flops / 1e12:,.3g} TFLOP/s"
+    if plan.utilisation is not None:
+        return f"at {plan.utilisation:.0%} of {peak}"
+    return f"by a roofline per operation, {'as measured' if plan.is_measured else 'by data sheet'}, peak {peak}"
 
 
 def describe_devices(plan: MemoryPlan, gpus: int) -> str:
@@ -71,6 +79,9 @@ def _show_recommended(console: Console, best: Recommendation) -> None:
     console.print(f"because it is {best.reason}")
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in setting.memory_bytes.items())
     console.print(f"GB on each device: {setting.peak_bytes / 1e9:.1f} = {parts}")
+    if setting.kernel_seconds:
+        shares = ", ".join(f"{part} {seconds:.2f}" for part, seconds in setting.kernel_seconds.items())
+        console.print(f"seconds of a step, {setting.step_seconds:.2f}: {shares}")
     if sum(setting.sent_bytes.values()):
         sent = ", ".join(f"{axis} {size / 1e9:,.1f}" for axis, size in setting.sent_bytes.items() if size)
         console.print(f"GB sent by each device in a step: {sent}")
@@ -132,10 +143,12 @@ def _beside(plans: dict[str, Recommendation | str]) -> Table:
 
 
 def _assumptions(plan: MemoryPlan) -> str:
+    time = "each operation has the time of its shape (docs/roofline.md)"
+    if plan.utilisation is not None:
+        time = "all operations run at one share of the peak"
     text = (
         "batch: sequences x accumulation on each device. GB: peak on each device; --json has its parts. All of it is "
-        "arithmetic, with one utilisation for all: methods with fewer operations reach less of the peak "
-        "(docs/accounting.md)."
+        f"arithmetic: {time}."
     )
     if plan.gpus == 1:
         return text
@@ -147,4 +160,4 @@ def _assumptions(plan: MemoryPlan) -> str:
     )
 
 
-__all__ = ["describe_devices", "make_table", "show"]
+__all__ = ["describe_devices", "describe_speed", "make_table", "show"]

@@ -68,6 +68,7 @@ OPTIONS: dict[str, Range] = {
     **dict.fromkeys(("warm_up", "tuning_runs", "top_k"), COUNT_OR_0),
     **dict.fromkeys(("methods", "positions"), Range("names with commas between them", _names)),
     "parts": _list_of("training", "generation", "memory"),
+    "dtypes": _list_of("float32", "tf32", "bfloat16"),
     "utilisation": MASS,
     "reserve": SHARE,
     # text that is made

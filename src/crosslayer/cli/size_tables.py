@@ -5,7 +5,7 @@ from rich.console import Console
 from ..accounting.changes import in_words
 from ..accounting.plan import MemoryPlan
 from ..accounting.sizes import SizePlans
-from .plan_tables import describe_devices, make_table
+from .plan_tables import describe_devices, describe_speed, make_table
 
 _BRIEF = {
     "optimizer": ("8-bit", "AdamW's states (--optimizer adamw_8bit)"),
@@ -21,7 +21,7 @@ def show_sizes(sizes: SizePlans) -> None:
     some = sizes.plans[-1]
     console.print(
         f"{some.method} on {describe_devices(some, sizes.gpus)}; sequences of {some.sequence:,} tokens; "
-        f"at {some.utilisation:.0%} of {some.device}'s peak\n"
+        f"{describe_speed(some)}\n"
     )
     table = make_table(("model", "change", "recompute"), ("micro-batch", "GB", "tokens/s", "days"))
     for plan in sizes.plans:
