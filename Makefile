@@ -1,5 +1,7 @@
 # make pretrain    set up everything, pre-train a small CR-Net on real text, show what it learned
-# make test        set up everything, run the whole test-suite
+# make test        set up everything, run the test-suite
+# make test-long     the test-suite with its long cases
+# make test-quantize   add torchao, run the tests of weights in 8 and 4 bits
 # make test-oldest   set up the oldest versions that pyproject.toml allows, run the tests that lean most on other packages
 # make test-peft   set up everything, run PEFT's own test-suite on LoR2C (ARGS="decoder custom" for some of it)
 # make test-transformers   set up everything, run transformers' common model tests on our models (ARGS="llama" for some)
@@ -12,24 +14,36 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+# In the order of the files: those of several processes first, and no worker waits for them at the end.
+PYTEST = $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 OLDEST = .venv-oldest
 # Those that lean most on other packages.
 OLDEST_TESTS = $(patsubst %,tests/unit/test_%.py,private registration config cli lor2c_adapter model data_fit bench)
 RUN = runs/crnet_python_library
 ARGS ?= $(if $(wildcard $(RUN)/run.json),--resume)
 
-.PHONY: pretrain test test-fast test-oldest test-peft test-transformers lint types check clean
+.PHONY: pretrain test test-long test-fast test-quantize test-oldest test-peft test-transformers lint types check clean
 
 pretrain: $(READY)
 	@echo "== Pre-training a CR-Net on the Python standard library's own text (a few minutes on two CPU cores)"
 	@$(BIN)/crosslayer pretrain --recipe crnet_python_library --output_dir $(RUN) $(ARGS)
 
 test: $(READY)
+	@echo "== Running all tests but the long ones"
+	@$(PYTEST) -m "not long"
+
+test-long: $(READY)
 	@echo "== Running all tests"
-	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(PYTEST)
 
 test-fast: $(READY)
-	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
+	@$(PYTEST) -m "not slow and not long"
+
+# Whoever has torchao waits for it whenever transformers is imported: the other tests are quicker without.
+test-quantize: $(READY)
+	@echo "== Testing weights in 8 and 4 bits"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[quantize]"
+	@$(PYTEST) tests/unit/test_quantization.py tests/integration/test_compiled_decoding.py -k quantiz
 
 test-oldest: ARGS =
 test-oldest: $(OLDEST)/.ready

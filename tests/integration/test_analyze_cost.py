@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "analyze.py"
 
 
+@pytest.mark.long
 def test_peak_memory(tmp_path):
     """The shape of all-MiniLM-L6-v2 with random weights, the bench's own script, 4,096 tokens instead of 100,000."""
     model = tmp_path / "encoder"

@@ -123,6 +123,7 @@ def test_low_rank_cache(script, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory(script, tmp_path, monkeypatch, capsys):
     memory = script("memory")
     out, figure = tmp_path / "m.json", tmp_path / "m.png"
@@ -141,6 +142,7 @@ def test_memory(script, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_resident_memory_agrees_with_the_count(script, monkeypatch):
     """One process for each of two depths, small, and so with a wider margin than the benchmark's 10 %."""
     memory = script("memory")
@@ -209,6 +211,7 @@ def test_ablations_are_what_they_say(script, ablation_options):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ablations(script, ablation_options, tmp_path, monkeypatch, capsys):
     ablations = script("ablations")
     monkeypatch.setattr(ablations, "RANKS", (6,))

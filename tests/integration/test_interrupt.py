@@ -129,7 +129,7 @@ def test_finetune(root):
 
 @pytest.mark.parametrize(
     ("until", "to"),
-    [(1, "group"), ("steps: ", "main process alone")],
+    [(1, "group"), pytest.param("steps: ", "main process alone", marks=pytest.mark.long)],
     ids=["workers start", "a run has ended"],
 )
 def test_compare_and_its_workers(root, until, to):

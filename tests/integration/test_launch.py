@@ -64,10 +64,10 @@ def test_trackers(tmp_path, monkeypatch, tracker):
     ("kind", "method", "options"),
     [
         ("classification", "lor2c", []),
-        ("regression", "lor2c", []),
+        pytest.param("regression", "lor2c", [], marks=pytest.mark.long),
         ("instruction", "lor2c", []),
         ("instruction", "lor2c", ["--fsdp_size", "-1"]),
-        ("instruction", "sharelor2c", ["--fsdp_size", "2"]),
+        pytest.param("instruction", "sharelor2c", ["--fsdp_size", "2"], marks=pytest.mark.long),
     ],
     ids=["classification", "regression", "instruction", "sharded", "sharded_share"],
 )

@@ -75,7 +75,7 @@ def run(root, processes, workers, resumptions):
     return [torch.load(root / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-@pytest.mark.parametrize(("processes", "workers", "files"), [(2, 2, 3), (4, 0, 4)])
+@pytest.mark.parametrize(("processes", "workers", "files"), [(2, 2, 3), pytest.param(4, 0, 4, marks=pytest.mark.long)])
 def test_documents_are_trained_on_once(tmp_path, processes, workers, files):
     """Two passes and more: in the first, each document comes up once in all processes and workers together. Half of
     the cases go on twice: what they read and lose is what an undisturbed run does."""

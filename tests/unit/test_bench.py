@@ -148,6 +148,7 @@ def test_the_name_that_invert_had():
     assert contenders.methods == ["crnet_invert"]
 
 
+@pytest.mark.long
 def test_measure_training_in_own_processes(monkeypatch):
     steps, step = [], OwnProcess.__call__
     monkeypatch.setattr(OwnProcess, "__call__", lambda process: steps.append(process.name) or step(process))
