@@ -18,7 +18,12 @@ def fresh_compiler():
 
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [("cross_layer", "inductor"), ("cross_layer", "aot_eager"), ("cola", "aot_eager"), ("dense", "aot_eager")],
+    [
+        pytest.param("cross_layer", "inductor", marks=pytest.mark.long),
+        ("cross_layer", "aot_eager"),
+        ("cola", "aot_eager"),
+        ("dense", "aot_eager"),
+    ],
 )
 def test_compile_without_graph_breaks(case, backend):
     model = model_of(case, num_hidden_layers=2).train()

@@ -9,6 +9,7 @@ from transformers.utils import is_torchao_available
 from crosslayer.quantization import quantized_loading
 from family_cases import FAMILY_CASES, tokens
 from family_checks import greedy
+from long_cases import mostly_long
 from model_cases import model_of
 from tolerances import assert_close
 
@@ -31,7 +32,7 @@ def whole_graph(backend="aot_eager"):
     return config
 
 
-@pytest.mark.parametrize("name", FAMILY_CASES)
+@pytest.mark.parametrize("name", mostly_long(FAMILY_CASES, "llama", "gpt2", "gemma3", "deepseek_v3"))
 def test_generate_compiles_a_step_to_one_graph(name):
     model = FAMILY_CASES[name].model(eos_token_id=None, tie_word_embeddings=False)
     ids = tokens(2, length=9)

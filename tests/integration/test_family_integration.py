@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from family_cases import FAMILY_CASES, tokens
+from long_cases import mostly_long
 from model_cases import gradients
 from processes import spawn
 from tolerances import assert_all_close, assert_close
@@ -34,7 +35,7 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", mostly_long(COMPILED, "gemma3_softcapping", "gpt2", "qwen3_moe_interleaved"))
 def test_compile_without_graph_breaks(name):
     torch._dynamo.reset()
     model = FAMILY_CASES[name].model(num_hidden_layers=2).train()

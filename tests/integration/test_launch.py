@@ -63,7 +63,7 @@ def test_trackers(tmp_path, monkeypatch, tracker):
 @pytest.mark.parametrize(
     ("kind", "method", "options"),
     [
-        ("classification", "lor2c", []),
+        pytest.param("classification", "lor2c", [], marks=pytest.mark.long),
         pytest.param("regression", "lor2c", [], marks=pytest.mark.long),
         ("instruction", "lor2c", []),
         ("instruction", "lor2c", ["--fsdp_size", "-1"]),

@@ -14,7 +14,7 @@ from crosslayer.train.run import pretrain
 from processes import spawn
 from tiny_run import tiny_content
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 STEPS, ROWS = 4, 4
 OPTIMIZERS = ("muon", "spectron")

@@ -134,6 +134,7 @@ def test_a_run_by_name(run, tmp_path, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_progress_in_a_pipe_is_plain_lines(tmp_path):
     """Of every verb that shows some; a bar is for a terminal."""
     recipe = write_recipe(tmp_path)

@@ -13,6 +13,7 @@ from crosslayer.train.parameter_groups import group_names
 from crosslayer.train.recipe import read_recipe
 from crosslayer.train.run import pretrain
 from family_cases import FAMILY_CASES
+from long_cases import mostly_long
 from tiny_run import tiny_content
 
 SHIPPED = FOLDER / "families"
@@ -75,7 +76,7 @@ def _parameters_of(config, index):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", mostly_long(SMALL, *SMALL[::3]), ids=lambda path: path.stem)
 def test_small_recipes_train(path, tmp_path):
     """Two steps on a few texts, through checkpoint, card, sample and loading again."""
     content = tiny_content(tmp_path, max_steps=2, save_steps=2, eval_steps=2, logging_steps=1, warmup_steps=1)

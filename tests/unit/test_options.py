@@ -182,13 +182,18 @@ texts = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=
 )
 
 
+HOW_OFTEN = {"turns", "warm_up", "new_tokens"}  # as many as are asked for are done
+few = numbers.filter(lambda text: len(text) < 6)
+
+
 def draw_options(verb, data):
     names = data.draw(st.lists(st.sampled_from(sorted(options_of(verb))), min_size=1, max_size=2, unique=True))
     options = []
     for name in names:
         kind, is_argument = options_of(verb)[name]
         if not is_argument and name not in ("output_dir", "workers"):
-            options.append(f"--{name}={data.draw(texts if kind not in (int, float) else numbers)}")
+            drawn = texts if kind not in (int, float) else few if name in HOW_OFTEN else numbers
+            options.append(f"--{name}={data.draw(drawn)}")
     return options
 
 
