@@ -222,6 +222,7 @@ def after_commands(installed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_commands_of_the_pages(after_commands):
     installed = after_commands
@@ -244,6 +245,7 @@ for name, code in {examples!r}.items():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_python_of_the_pages(after_commands):
     """In one process, which has loaded torch once; each example in a program of its own."""
     examples = {name: before + blocks("python")[name] for name, before in PYTHON.items()}

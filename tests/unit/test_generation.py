@@ -120,6 +120,7 @@ def test_attention_implementations_agree(case):
 
 
 @pytest.mark.slow  # torch compiles flex attention: about a minute
+@pytest.mark.long
 def test_flex_attention_forward():
     """Forward only: torch has no backward of flex attention on a CPU."""
     model = generator_of("gqa", attention="flex_attention")
