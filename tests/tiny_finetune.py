@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from crosslayer import CRNetConfig, CRNetForCausalLM
 from crosslayer.data import train_tokenizer
@@ -77,21 +77,24 @@ def write_encoder(folder: Path) -> Path:
     return folder
 
 
-def write_decoder(folder: Path) -> Path:
+def write_decoder(folder: Path, kind: str = "crnet") -> Path:
+    """A tiny CR-Net, or a Llama."""
     tokenizer = tiny_tokenizer()
-    config = CRNetConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        rank=8,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    model = (
+        LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else CRNetForCausalLM(CRNetConfig(**shape, rank=8))
     )
-    CRNetForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -66,10 +66,11 @@ def test_trackers(tmp_path, monkeypatch, tracker):
         pytest.param("classification", "lor2c", [], marks=pytest.mark.long),
         pytest.param("regression", "lor2c", [], marks=pytest.mark.long),
         ("instruction", "lor2c", []),
-        ("instruction", "lor2c", ["--fsdp_size", "-1"]),
+        pytest.param("instruction", "lor2c", ["--fsdp_size", "-1"], marks=pytest.mark.long),
         pytest.param("instruction", "sharelor2c", ["--fsdp_size", "2"], marks=pytest.mark.long),
+        ("instruction", "imlor2c", ["--fsdp_size", "2"]),
     ],
-    ids=["classification", "regression", "instruction", "sharded", "sharded_share"],
+    ids=["classification", "regression", "instruction", "sharded", "sharded_share", "sharded_im"],
 )
 def test_two_processes_fine_tune_as_one_does(tmp_path, kind, method, options):
     """22 rows: in the last step accelerate gives the second process rows that it repeats, which must not count."""
@@ -79,10 +80,12 @@ def test_two_processes_fine_tune_as_one_does(tmp_path, kind, method, options):
             write_instructions(data / f"{part}.jsonl", count)
         else:
             write_rows(data / f"{part}.jsonl", rows_of(count, len(part)))
-    model = write_decoder(tmp_path / "decoder")  # without dropout
+    model = write_decoder(tmp_path / "decoder", "llama" if method == "imlor2c" else "crnet")  # without dropout
     training = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "logging_steps": 1}
     content = tiny_finetune.tiny_content(tmp_path, model, data, task=kind, **training)
     content["adapter"] |= {"method": method, "dropout": 0.0}
+    if method == "imlor2c":  # changes after the first step and the second
+        content["adapter"] |= {"interval": 1, "interval_unit": "steps", "max_fuses": 1, "max_injections": 1}
     content["data"] |= {"max_length": 96, "cache_dir": str(tmp_path / "cache")}
     if kind == "regression":
         content["data"]["label_column"] = "score"
@@ -96,6 +99,8 @@ def test_two_processes_fine_tune_as_one_does(tmp_path, kind, method, options):
     done = subprocess.run([*launcher, *command, *options], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert [change["action"] for change in two["structure"]] == [change["action"] for change in one.structure]
+    assert len(two["structure"]) == (2 if method == "imlor2c" else 0)
     assert two["before"]["eval_loss"] == pytest.approx(one.before["eval_loss"], rel=1e-5)
     assert two["after"]["eval_loss"] == pytest.approx(one.after["eval_loss"], rel=1e-3)
     for name in ("loss", "grad_norm"):

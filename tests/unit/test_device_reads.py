@@ -5,6 +5,7 @@ import pytest
 from crosslayer.crnet.policies import POLICIES
 from device_reads import reads_of
 from family_cases import FAMILY_CASES, tokens
+from model_cases import model_of
 
 # Those choose experts by number in transformers' own code, once a layer.
 NAMES = [name for name, case in FAMILY_CASES.items() if not case.fields.get("num_experts") and "deepseek" not in name]
@@ -17,6 +18,12 @@ def test_one_read_in_a_forward_and_none_in_a_backward(name, policy):
     forward, backward = reads_of(model, tokens())
     assert forward == {"tolist": 1}
     assert not backward
+
+
+@pytest.mark.parametrize("policy", ["none", "replay"])
+def test_nothing_is_read_where_nothing_is_carried(policy):
+    model = model_of("cola", recompute=policy).train()
+    assert reads_of(model, tokens()) == ({}, {})
 
 
 def test_a_layer_that_reads_is_seen():

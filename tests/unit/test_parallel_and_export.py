@@ -8,14 +8,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny_finetune
 from crosslayer.errors import CheckpointError, ConfigError, DataError
-from crosslayer.train import build_recipe
+from crosslayer.train import build_finetune_recipe, build_recipe
 from crosslayer.train.checkpoints import write_manifest
 from crosslayer.train.export import export
+from crosslayer.train.finetune import finetune, load_base
 from crosslayer.train.parallel import Parallel, check_same_data
 from crosslayer.train.resume import check_form
 from crosslayer.train.run import build_model_config, pretrain
 from crosslayer.train.sharded import FOLDER, ShardWriter
+from tiny_finetune import write_decoder, write_instructions
 from tiny_run import tiny_content, tiny_recipe
 
 
@@ -157,18 +160,34 @@ def test_one_way_to_shard(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "is_fixed", "message"),
+    ("parallel", "is_frozen", "message"),
     [
         ({"fsdp_size": 2}, False, "fsdp_size=2 shards a model that is frozen whole"),
         ({"tensor_parallel": 2}, True, "tensor_parallel=2 would hand adapters a part"),
         ({"fsdp_size": 3}, True, "want a multiple of 3 processes, and there are 4"),
     ],
 )
-def test_frozen_models(parallel, is_fixed, message):
-    assert Parallel().check_frozen(4, is_fixed=False) is None
-    assert Parallel(fsdp_size=2).check_frozen(4, is_fixed=True).dp_replicate_size == 2
+def test_frozen_models(parallel, is_frozen, message):
+    assert Parallel().check_frozen(4, is_frozen=False) is None
+    assert Parallel(fsdp_size=2).check_frozen(4, is_frozen=True).dp_replicate_size == 2
     with pytest.raises(ConfigError, match=message):
-        Parallel(**parallel).check_frozen(4, is_fixed=is_fixed)
+        Parallel(**parallel).check_frozen(4, is_frozen=is_frozen)
+
+
+def test_a_cr_net_in_parts_keeps_the_structure_of_its_adapter(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    for part in ("train", "validation"):
+        write_instructions(data / f"{part}.jsonl", 4)
+    content = tiny_finetune.tiny_content(
+        tmp_path, write_decoder(tmp_path / "decoder"), data, method="imlor2c", task="instruction"
+    )
+    content["parallel"] = {"fsdp_size": 2}
+    monkeypatch.setattr(Parallel, "check_frozen", lambda *args, **kwargs: object())
+    load = load_base
+    monkeypatch.setattr("crosslayer.train.finetune.load_base", lambda *args: load(*args[:3]))
+    with pytest.raises(ConfigError, match="method='imlor2c' is not known for a CR-Net; give lor2c, sharelor2c or lora"):
+        finetune(build_finetune_recipe(content), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_processes_that_have_read_other_data_do_not_train(monkeypatch):

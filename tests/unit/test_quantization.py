@@ -2,15 +2,14 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 import transformers
+from test_adapter_checkpoints import run  # noqa: F401
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from crosslayer.cli import main
 from crosslayer.crnet import CRNetConfig
 from crosslayer.errors import ConfigError
 from crosslayer.loading import load_checkpoint
@@ -158,20 +157,9 @@ def test_every_family_in_eight_bits(name, tmp_path):
     assert (quantized(ids).logits - plain(ids).logits).norm() < 0.1 * plain(ids).logits.norm()
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["crosslayer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
 @needs_torchao
 @pytest.mark.parametrize("kind", KINDS)
-def test_generate_and_evaluate(trained, run, tmp_path, kind):
+def test_generate_and_evaluate(trained, run, tmp_path, kind):  # noqa: F811
     (tmp_path / "text.txt").write_text("the story and the song")
     code, out, err = run("generate", trained[0], "--quantize", kind, "--max_new_tokens", 4, "--seed", 1, "--json")
     assert (code, err) == (0, "")
@@ -211,7 +199,7 @@ def refusal(name, config, device="cpu"):
     return str(refused.value)
 
 
-def test_other_names_are_refused(trained, run):
+def test_other_names_are_refused(trained, run):  # noqa: F811
     assert "int8, int4" in refusal("fp8", CRNetConfig())
     code, out, err = run("generate", trained[0], "--quantize", "fp8")
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -219,7 +207,7 @@ def test_other_names_are_refused(trained, run):
     assert "int8" in err
 
 
-def test_without_torchao(trained, run, monkeypatch):
+def test_without_torchao(trained, run, monkeypatch):  # noqa: F811
     monkeypatch.setattr(transformers.utils, "is_torchao_available", lambda: False)
     code, out, err = run("evaluate", trained[0], "--quantize", "int8")
     assert (code, out) == (2, "")

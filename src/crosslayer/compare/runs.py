@@ -134,7 +134,7 @@ def run_once(job: Job, folder: Path) -> RunResult:
         try:
             trainer.train()
             if job.whole_validation:
-                trainer.eval_dataset, trainer.evaluation_loader = prepared.validation, None  # one for what it had
+                trainer.eval_dataset = prepared.validation
                 trainer.validation_bytes = prepared.statistics.validation.bytes
             metrics = trainer.evaluate()
         except TrainingError as error:

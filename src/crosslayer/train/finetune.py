@@ -115,11 +115,16 @@ def finetune(
     arguments = build_arguments(recipe, task, output_dir)
     if resume:
         changes += changes_of_training(arguments, build_arguments(earlier, task, output_dir), output_dir)
-    # Others train a head, or everything, or other parameters at the end than at the start.
-    is_fixed = task.kind == "instruction" and recipe.adapter.is_peft and recipe.adapter.method not in CHANGING
-    mesh = recipe.parallel.check_frozen(arguments.world_size, is_fixed=is_fixed)
+    is_frozen = task.kind == "instruction" and recipe.adapter.is_peft  # others train a head, or everything
+    mesh = recipe.parallel.check_frozen(arguments.world_size, is_frozen=is_frozen)
     set_seed(arguments.seed)
     model, tokenizer = load_base(recipe.model, task, recipe.adapter, mesh)
+    if mesh is not None and recipe.adapter.method in CHANGING and model.config.model_type.startswith("crnet"):
+        # Its blocks name all parameters to autograd, and the Trainer averages a gradient where an idle one has none.
+        raise ConfigError(
+            f"fsdp_size={recipe.parallel.fsdp_size} with method={recipe.adapter.method!r} is not known for a CR-Net; "
+            "give lor2c, sharelor2c or lora, or fsdp_size=1"
+        )
     max_length = input_length(recipe.data.max_length, model)
     # Of a model that processes share, all of them have a part.
     fingerprints = _fingerprints_of(task, model, tokenizer) if mesh is not None or is_main_process() else {}

@@ -36,7 +36,7 @@ class OptimizerConfig:
         """Raises ConfigError where gradients are needed together."""
         if not self.gradient_release:
             return
-        optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+        optimizer = optim_name(arguments)
         for is_wrong, what, instead in (
             (
                 arguments.max_grad_norm > 0,
@@ -56,6 +56,11 @@ class OptimizerConfig:
         ):
             if is_wrong:
                 raise ConfigError(f"gradient_release does not go with {what}; {instead}")
+
+
+def optim_name(arguments: "TrainingArguments") -> str:
+    """`optim` as text; transformers makes an enumeration of its own names."""
+    return str(getattr(arguments.optim, "value", arguments.optim))
 
 
 def release_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -11,6 +11,7 @@ from ..accounting.plan import DEFAULT_RESERVE
 from ..accounting.planner import policies_of, show_bytes
 from ..crnet import CRNetConfig
 from ..errors import ConfigError
+from .gradient_release import optim_name
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,7 +36,7 @@ def training_step(recipe: "Recipe", arguments: "TrainingArguments") -> Step:
     """One micro-batch on one device, as the Trainer runs our models (fused loss; weights of the model's dtype)."""
     half = arguments.bf16 or arguments.fp16
     weights = getattr(torch, recipe.model.get("dtype") or "float32").itemsize
-    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    optimizer = optim_name(arguments)
     accumulation = arguments.accelerator_config.gradient_accumulation_kwargs or {}
     mesh = recipe.parallel.distributed_config(arguments.world_size)
     return Step(
@@ -53,7 +54,7 @@ def training_step(recipe: "Recipe", arguments: "TrainingArguments") -> Step:
 
 def training_method(config: CRNetConfig, arguments: "TrainingArguments") -> Method:
     """The memory policy and the optimizer of a run."""
-    optimizer = _OPTIMIZERS.get(str(getattr(arguments.optim, "value", arguments.optim)), "adamw")
+    optimizer = _OPTIMIZERS.get(optim_name(arguments), "adamw")
     return method_of(config, checkpointing=bool(arguments.activation_checkpointing), optimizer=optimizer)
 
 

@@ -20,6 +20,7 @@ from transformers.training_args import OptimizerNames
 from ..crnet import LowRankLinear
 from ..errors import ConfigError, nearest_hint
 from ..methods import MATRIX_OPTIMIZERS
+from .gradient_release import optim_name
 from .parallel import groups_by_mesh
 from .parameter_groups import ParameterGroups, divide_groups, group_names, optimizer_groups
 from .spectron import Spectron
@@ -96,11 +97,6 @@ def is_own(optim: Any) -> bool:
     if optim is not None and optim not in names:
         raise ConfigError(f"training.optim={optim!r} is none of {', '.join(names)}{nearest_hint(str(optim), names)}")
     return optim in MATRIX_OPTIMIZERS
-
-
-def optim_name(arguments: "TrainingArguments") -> str:
-    """`optim` as text; transformers makes an enumeration of its own names."""
-    return str(getattr(arguments.optim, "value", arguments.optim))
 
 
 def matrix_groups(model: nn.Module, name: str, arguments: "TrainingArguments") -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ class Parallel:
             )
         return DistributedConfig(tp_size=self.tensor_parallel, fsdp_size=shards, dp_replicate_size=processes // group)
 
-    def check_frozen(self, processes: int, *, is_fixed: bool) -> "DistributedConfig | None":
+    def check_frozen(self, processes: int, *, is_frozen: bool) -> "DistributedConfig | None":
         """The mesh for a frozen model under an adapter that every process holds; None where each holds the model too.
 
         Raises ConfigError for what would need the trained weights in parts.
@@ -70,10 +70,10 @@ class Parallel:
             raise ConfigError(
                 f"tensor_parallel={self.tensor_parallel} would hand adapters a part of what they adapt; give fsdp_size"
             )
-        if not is_fixed:
+        if not is_frozen:
             raise ConfigError(
-                f"fsdp_size={self.fsdp_size} shards a model that is frozen whole, under an adapter that stays as it "
-                "is: instructions with lor2c, sharelor2c or lora. Give one of them, or fsdp_size=1"
+                f"fsdp_size={self.fsdp_size} shards a model that is frozen whole, under an adapter: instructions with "
+                "lor2c, one of its variants, or lora. Give one of them, or fsdp_size=1"
             )
         return self.distributed_config(processes)
 

@@ -21,10 +21,11 @@ from ..evaluate import measure_perplexity
 from ..private import prepare_anew, set_last_rates
 from .callbacks import OwnIntervals, ReleaseGradients
 from .checkpoints import keep_best, last_complete_checkpoint, remove_old, write_manifest
+from .gradient_release import optim_name
 from .losses import NextTokenLoss, without_repeats
 from .measures import Health, Throughput, beta_range
 from .monitor import STATE, Monitor, StepMonitor
-from .optimizers import GroupedOptimizer, optim_name
+from .optimizers import GroupedOptimizer
 from .parallel import is_split, local, reshard
 from .parameter_groups import ParameterGroups
 from .progress import LogLines, Progress
@@ -334,7 +335,7 @@ class PretrainTrainer(GroupedOptimizer, StreamTrainer, SafeTrainer):
         self.validation_bytes = validation_bytes
         self.write_card = write_card
         self.last_evaluation: dict[str, Any] | None = None
-        self.evaluation_loader = None
+        self.evaluation_loader: tuple[Any, Any] | None = None  # (rows, their loader)
         self.throughput = Throughput(block_size)
         self.add_callback(self.throughput)
         if gradient_release:
@@ -357,17 +358,15 @@ class PretrainTrainer(GroupedOptimizer, StreamTrainer, SafeTrainer):
         return loss
 
     def get_eval_dataloader(self, eval_dataset=None):
-        # One for all evaluations, since accelerate keeps all that are made; of the whole split, unlike steps.
-        if eval_dataset is None and self.evaluation_loader is not None:
-            return self.evaluation_loader
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            loader = super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-        if eval_dataset is None:
-            self.evaluation_loader = loader
-        return loader
+        # One for all evaluations of a split, since accelerate keeps all that are made; of all of it, unlike steps.
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.evaluation_loader is None or self.evaluation_loader[0] is not rows:
+            drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+            try:
+                self.evaluation_loader = (rows, super().get_eval_dataloader(eval_dataset))
+            finally:
+                self.args.dataloader_drop_last = drop_last
+        return self.evaluation_loader[1]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         started = time.perf_counter()
