@@ -57,6 +57,14 @@ def is_reached(until, process, text):
     return psutil.Process(process.pid).num_threads() > 1
 
 
+def is_at_work(process):
+    """Whether it has not ended: what has may still be listed until init, whose child it is now, looks at it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end_of(root, arguments, until, to="group"):
     """Start a verb, press Ctrl-C when `until` (see `is_reached`) has come: its last words."""
     log = root / "output"
@@ -79,7 +87,8 @@ def end_of(root, arguments, until, to="group"):
         else:
             process.send_signal(signal.SIGINT)
         process.wait(60)
-        left = psutil.wait_procs(workers, timeout=60)[1]
+        while (left := [worker for worker in workers if is_at_work(worker)]) and time.monotonic() - pressed < 60:
+            time.sleep(0.02)
         took = time.monotonic() - pressed
     finally:
         if process.poll() is None:
