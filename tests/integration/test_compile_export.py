@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from crosslayer.crnet.kernels import OPTIONS
 from model_cases import gradients, model_of, tokens
 from tolerances import assert_all_close, assert_close
 
@@ -10,8 +11,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
     torch._dynamo.reset()
+    monkeypatch.setitem(OPTIONS, "backend", "aot_eager")
     yield
     torch._dynamo.reset()
 
@@ -41,17 +43,19 @@ def test_compile_without_graph_breaks(case, backend):
 
 @pytest.mark.parametrize("policy", ["invert", "replay", "reversible"])
 def test_compile_with_a_memory_policy(policy):
-    """The graph breaks around the layers; the numbers are the same."""
+    """The graph breaks around the layers, whose functions are compiled; the numbers are the same."""
     model = model_of("cross_layer", num_hidden_layers=3).train()
     model(tokens(), labels=tokens(), use_cache=False).loss.backward()
     expected = gradients(model)
     model.zero_grad()
     model.set_recompute(policy)
     compiled = torch.compile(model, backend="aot_eager")
+    calls = torch._dynamo.utils.counters["stats"]
     for _ in range(2):
         model.zero_grad()
         compiled(tokens(), labels=tokens(), use_cache=False).loss.backward()
         assert_all_close(gradients(model), expected)
+    assert calls["unique_graphs"] >= 6  # before and after the blocks, and their norm, rotation, gate, sums
 
 
 def test_compile_with_fused_loss():

@@ -77,9 +77,9 @@ def more_of_the_mixture(patch):
 def forget_b(patch):
     total_gradient = Step.total_gradient
 
-    def without_b(step, position, local):
+    def without_b(step, *given):
         step.above = {name: (G, 1.0) for name, (G, _) in step.above.items()}
-        return total_gradient(step, position, local)
+        return total_gradient(step, *given)
 
     patch.setattr(Step, "total_gradient", without_b)
 

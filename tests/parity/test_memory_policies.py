@@ -61,9 +61,9 @@ def global_error(actual, expected):
 def forget_b(monkeypatch):
     total_gradient = Step.total_gradient
 
-    def without_b(step, position, local):
+    def without_b(step, *given):
         step.above = {name: (G, 1.0) for name, (G, _) in step.above.items()}
-        return total_gradient(step, position, local)
+        return total_gradient(step, *given)
 
     monkeypatch.setattr(Step, "total_gradient", without_b)
 

@@ -311,3 +311,15 @@ def test_a_plain_trainer_shifts_the_labels_of_a_cr_net(smoothing, tmp_path):
         model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=smoothing
     )
     torch.testing.assert_close(loss, expected)
+
+
+def test_an_evaluation_forks_no_workers(root):
+    """Its rows are at hand, and it comes often: training's workers are not made anew for each."""
+    workers = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 2, "dataloader_persistent_workers": True}
+    workers["dataloader_multiprocessing_context"] = "fork"
+    trainer = pretrainer_of(root, max_steps=1, dataloader_drop_last=True, **workers)
+    evaluation, training = trainer.get_eval_dataloader(), trainer.get_train_dataloader()
+    assert (evaluation.num_workers, training.num_workers) == (0, 2)
+    assert sum(len(batch["input_ids"]) for batch in evaluation) == len(trainer.eval_dataset)
+    assert trainer.args.dataloader_drop_last
+    assert {name: getattr(trainer.args, name) for name in workers} == workers

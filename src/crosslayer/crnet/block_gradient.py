@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .block import CrossLayerBlock, Stage
+from .kernels import compiled, gradient_sums
 from .local_functions import draws_random_numbers, run_function
 from .local_graph import Call, Gradients, LocalGraph
 from .policies import Policy
@@ -86,12 +87,16 @@ class Step:
     Y_below: Outputs = field(default_factory=dict)
     drifts: list[torch.Tensor] = field(default_factory=list)
 
-    def total_gradient(self, position: str, local: torch.Tensor) -> torch.Tensor:
-        """G_l = dY_l + b_{l+1} G_{l+1}, written over G_{l+1}."""
+    def total_gradient(self, position: str, local: torch.Tensor, previous: torch.Tensor | None, compiles: bool) -> Any:
+        """(G_l = dY_l + b_{l+1} G_{l+1}, written over G_{l+1}; <G_l, Y_{l-1}> [1], None without Y_{l-1})."""
         above, factor = self.above.pop(position, (None, 1.0))
         if above is None:
-            return local.to(self.h_below.dtype, memory_format=torch.contiguous_format, copy=True)
-        return torch.add(local, above, alpha=factor, out=above)
+            G = local.to(self.h_below.dtype, memory_format=torch.contiguous_format, copy=True)
+        elif compiles and previous is not None:
+            return compiled(gradient_sums)(local, above, torch.tensor(factor, dtype=torch.float64), previous)
+        else:
+            G = torch.add(local, above, alpha=factor, out=above)
+        return G, None if previous is None else torch.dot(G.view(-1), previous.reshape(-1)).view(1)
 
     def output_below(self, position: str, product: Any, first: torch.Tensor) -> torch.Tensor:
         """Y_{l-1}: as it was kept, else rebuilt in place of Y_l. Where both are at hand they are compared."""
@@ -300,34 +305,38 @@ class BlockRun:
 
     def _backward_position(self, name: str, local, x, dx, add: bool, step: Step, kept: Kept) -> None:
         """d Y_l of one position -> d X into, or added to, `dx`; from here on Y_l may have become Y_{l-1}."""
-        product, carries = self.products[name], self.block.places[name].carries
-        G = step.total_gradient(name, local) if carries else local
+        product, previous, beta, G = self.products[name], None, f"{self.products[name].name}.beta", local
         if isinstance(product, Product):
-            first = kept.first.get(name) if product.A is not None else None
-            first = product.backward(G, x, first, dx, add, step.gradients)
+            first = kept.first[name] if name in kept.first and product.A is not None else product.first(x)
         else:
-            first = self._backward_opaque(name, product, G, x, dx, add, step, kept)
+            graph = self._graph_of(name, product, x, step, kept)
+            first = graph.output
         if product.b is not None:
             previous = step.output_below(name, product, first)
+        if self.block.places[name].carries:
+            previous = previous if beta in step.gradients.wanted else None
+            G, along = step.total_gradient(name, local, previous, self.call.compiles)
+            if along is not None:
+                step.gradients.found[beta] = product.whole_gradient(along)  # db / dbeta = 1
+        if product.b is not None:
             step.below[name] = (G, product.b)
-            if f"{product.name}.beta" in step.gradients.wanted:
-                step.gradients.found[f"{product.name}.beta"] = product.gradient_of_b(G, previous)
-        elif product.needs_previous:
-            assert step.kept_below is not None
-            step.Y_below[name] = step.kept_below.Y[name]
-
-    def _backward_opaque(self, name, product: OpaqueProduct, G, x, dx, add: bool, step: Step, kept: Kept):
-        graph = kept.graphs.get(product.name)
-        if graph is None:
-            previous = step.kept_below.Y[name] if product.needs_previous else None  # type: ignore[union-attr]
-            with restored_random_state(kept.random_states.get(product.name), x):
-                graph = product.run(x, previous, kept.choices.get(name))
+        if isinstance(product, Product):
+            product.backward(G, x, first, dx, add, step.gradients)
+            return
         d_beside = [step.d_beside.pop() for _ in graph.beside][::-1] if step.d_beside else []
         d_x, *d_previous = graph.gradients(G, step.gradients, d_beside=d_beside)
         dx.add_(d_x) if add else dx.copy_(d_x)
         if d_previous:
             step.below[name] = (d_previous[0].to(step.h_below.dtype), 1.0)
-        return graph.output
+            step.Y_below[name] = step.kept_below.Y[name]  # type: ignore[union-attr]
+
+    @staticmethod
+    def _graph_of(name, product: OpaqueProduct, x, step: Step, kept: Kept) -> LocalGraph:
+        if product.name in kept.graphs:
+            return kept.graphs[product.name]
+        previous = step.kept_below.Y[name] if product.needs_previous else None  # type: ignore[union-attr]
+        with restored_random_state(kept.random_states.get(product.name), x):
+            return product.run(x, previous, kept.choices.get(name))
 
     def _hand_on(self, step: Step) -> None:
         """What the block does not have it hands on: Y downwards, and the gradient of it."""

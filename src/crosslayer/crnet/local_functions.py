@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .cross_layer_linear import is_watched
 from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm, GatedMLP
+from .kernels import compiled
 from .local_graph import Call, Gradients, LocalGraph, Scratch, is_plain
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
@@ -38,11 +39,6 @@ class RMSNormGradient:
         self.scale = mean_square.add_(norm.variance_epsilon).rsqrt_()  # 1 / rms(h), [B, T, 1]
         x = torch.mul(h, self.scale, out=self.buffer).mul_(self.weight)
         self.output = x.to(norm.weight.dtype)
-
-    @staticmethod
-    def fits(norm: CarriedRMSNorm) -> bool:
-        """Always: norms of these classes have no variants."""
-        return True
 
     def gradients(self, dx: torch.Tensor, found: Gradients, add_to=None, out=None) -> tuple[torch.Tensor]:
         """dx [B, T, D], written over -> (add_to + dx/dh dx,), into `out`."""
@@ -65,11 +61,6 @@ class GateGradient:
         self.gate, self.up = inputs
         self.activated = torch.ops.aten.silu.out(self.gate, out=scratch.get((name, "act"), self.gate.shape, self.gate))
         self.output = torch.mul(self.activated, self.up, out=scratch.get((name, "output"), self.gate.shape, self.gate))
-
-    @staticmethod
-    def fits(mlp: GatedMLP) -> bool:
-        """Whether the activation is SiLU, and nobody watches it."""
-        return type(mlp.act_fn) in SILU and not is_watched(mlp.act_fn)
 
     def gradients(self, d_output: torch.Tensor, found: Gradients) -> tuple[torch.Tensor, ...]:
         """d (silu(Y_gate) Y_up) [B, T, F], written over -> (d Y_gate, d Y_up), good until the next layer's."""
@@ -129,8 +120,10 @@ class AttentionGraph(LocalGraph):
         self.rebuilt: list[torch.Tensor] = []
         leaves: list[torch.Tensor] = []
         prepared: list[tuple[int, int]] = []
-        rebuilt, given = self.rebuilt, dict(arguments)
-        if attention.rotate is apply_rotary_pos_emb:
+        rebuilt, given, prepare = self.rebuilt, dict(arguments), attention.prepare
+        if call.compiles and "prepare" not in attention.__dict__:
+            prepare = partial(compiled(type(attention).prepare), attention)
+        elif attention.rotate is apply_rotary_pos_emb:
             given["rotate"] = partial(rotate_in_scratch, call.scratch)
 
         def place(tensor):
@@ -149,13 +142,13 @@ class AttentionGraph(LocalGraph):
                 return packed
             if not rebuilt:
                 with torch.no_grad():
-                    rebuilt.extend(attention.prepare(*leaves, **given))
+                    rebuilt.extend(prepare(*leaves, **given))
             index, shape, stride, offset = packed
             return rebuilt[index].as_strided(shape, stride, rebuilt[index].storage_offset() + offset)
 
         def attend(*inputs):
             leaves.extend(inputs)
-            outputs = attention.prepare(*inputs, **given)
+            outputs = prepare(*inputs, **given)
             if not waits:
                 return attention.core(*outputs, **arguments)[0]
             prepared.extend(place(tensor) for tensor in outputs)
@@ -173,22 +166,20 @@ class AttentionGraph(LocalGraph):
 
 
 def run_function(
-    name: str,
-    module: nn.Module,
-    inputs: Sequence[torch.Tensor],
-    arguments: dict,
-    parameters: dict[str, torch.Tensor],
-    strays: dict[str, torch.Tensor],
-    call: Call,
-    waits: bool = False,
+    name: str, module: nn.Module, inputs, arguments: dict, parameters: dict, strays: dict, call: Call, waits=False
 ) -> Any:
     """A function of a block with its gradients: written out where it can be, else under a graph of its own.
 
     `strays` are parameters that a hook on it may use; `waits` asks for a graph that a later backward uses.
     """
     closed_form = CLOSED_FORMS.get(type(module))
-    if closed_form is not None and not is_watched(module) and is_plain(parameters) and closed_form.fits(module):
-        return closed_form(name, module, inputs, call.scratch)
+    activation = getattr(module, "act_fn", None)
+    is_known = activation is None or (type(activation) in SILU and not is_watched(activation))
+    if closed_form is not None and is_known and not is_watched(module) and is_plain(parameters):
+        if not call.compiles:
+            return closed_form(name, module, inputs, call.scratch)
+        forward = partial(compiled(type(module).forward), module)
+        return LocalGraph(forward, inputs, parameters, waits)
     with call.autocast():
         parameters = parameters | strays
         if is_split(module):

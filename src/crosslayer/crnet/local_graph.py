@@ -39,9 +39,10 @@ class Scratch:
 
 @dataclass
 class Call:
-    """What the layers of one forward have in common: autocast as it was then, and scratch memory."""
+    """What the layers of one forward have in common: autocast as it was, whether the model is compiled, scratch."""
 
     device_type: str
+    compiles: bool = False
     autocast_dtype: torch.dtype | None = None
     scratch: Scratch = field(default_factory=Scratch)
 

@@ -29,6 +29,7 @@ from .block import CrossLayerBlock
 from .cross_layer_linear import CrossLayerLinear, LowRankLinear
 from .drift import DriftMeter
 from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm, carry_dtype
+from .local_graph import Call
 from .loss import fused_cross_entropy
 from .policies import current_name
 from .tape import Tape, read_b
@@ -253,7 +254,7 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         if self.config.factorization != "dense":
             hidden_states = hidden_states.to(carry_dtype(hidden_states.dtype))
         if self._uses_tape(hidden_states, past_key_values, kwargs):
-            hidden_states = self._forward_on_tape(hidden_states, layers, arguments)
+            hidden_states = self._forward_on_tape(hidden_states, layers, arguments, torch.compiler.is_compiling())
         else:
             carried: tuple[torch.Tensor, ...] = ()
             for layer, given in zip(layers, arguments, strict=True):
@@ -300,14 +301,14 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         return torch.compiler.is_compiling() or type(hidden_states) is torch.Tensor  # no fake tensor, no DTensor
 
     @torch.compiler.disable
-    def _forward_on_tape(self, hidden_states: torch.Tensor, layers: list, arguments: list[dict]) -> torch.Tensor:
-        device = hidden_states.device
-        b, drift = read_b(layers, device, self._drift.latest)
+    def _forward_on_tape(self, hidden_states, layers: list, arguments: list[dict], compiles: bool) -> torch.Tensor:
+        b, drift = read_b(layers, hidden_states.device, self._drift.latest)
         self._look_at_drift(drift)
         policy = self._policy()
         assert policy is not None
         interval = self.config.recompute_interval if policy == self.config.recompute else None
-        tape = Tape(policy, interval, self.config.recompute_error_bound, layers, arguments, b, device.type, self._drift)
+        bound, call = self.config.recompute_error_bound, Call(hidden_states.device.type, compiles)
+        tape = Tape(policy, interval, bound, layers, arguments, b, call, self._drift)
         for layer in layers:
             (hidden_states,) = layer(hidden_states, tape=tape)
         return hidden_states

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .cross_layer_linear import CrossLayerLinear, LowRankLinear, is_watched
+from .kernels import adds_wide
 from .local_graph import Call, Gradients, LocalGraph, is_plain
 
 
@@ -71,10 +72,9 @@ class Product:
 
     def advance(self, previous: torch.Tensor, U: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Y_l = b Y_{l-1} + T B, into `out` (which may be Y_{l-1}), or a new tensor."""
-        b = self.b
+        b, T = self.b, self.inner(U)
         assert b is not None
-        T = self.inner(U)
-        if T.dtype != previous.dtype:
+        if T.dtype != previous.dtype and not adds_wide(T.device.type, T.dtype):
             return torch.add(self.output(U), previous, alpha=b, out=out)
         out = torch.empty_like(previous, memory_format=torch.contiguous_format) if out is None else out
         self._add_increment(b, previous, 1.0, T, out)
@@ -82,10 +82,9 @@ class Product:
 
     def retreat(self, Y: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Y_{l-1} = (Y_l - T B) / b, written over Y_l."""
-        b = self.b
+        b, T = self.b, self.inner(U)
         assert b is not None
-        T = self.inner(U)
-        if T.dtype != Y.dtype:
+        if T.dtype != Y.dtype and not adds_wide(T.device.type, T.dtype):
             return Y.sub_(self.output(U)).div_(b)
         if self.bias is not None:
             Y.sub_(self.bias)
@@ -100,8 +99,9 @@ class Product:
         """
         Y_rows, T_rows, out_rows = (x.view(-1, x.shape[-1]) for x in (Y, T.contiguous(), out))
         weight = self.weight.to(self.dtype).t()
-        if Y.device.type != "cpu":
-            torch.addmm(Y_rows, T_rows, weight, beta=scale, alpha=alpha, out=out_rows)
+        if Y.device.type != "cpu" or T.dtype != Y.dtype:
+            wide = (Y.dtype,) if T.dtype != Y.dtype else ()
+            torch.addmm(Y_rows, T_rows, weight, *wide, beta=scale, alpha=alpha, out=out_rows)
             return
         for y, t, o in zip(*(x.split(self.BLOCK) for x in (Y_rows, T_rows, out_rows)), strict=True):
             torch.addmm(torch.mul(y, scale, out=o), t, weight, alpha=alpha, out=o)
@@ -109,17 +109,16 @@ class Product:
     # Backward
 
     def backward(
-        self, G: torch.Tensor, x: torch.Tensor, U: torch.Tensor | None, dx: torch.Tensor, add: bool, found: Gradients
-    ) -> torch.Tensor:
+        self, G: torch.Tensor, x: torch.Tensor, U: torch.Tensor, dx: torch.Tensor, add: bool, found: Gradients
+    ) -> None:
         """G = dY_l [B, T, F] -> dX [B, T, in] into, or added to, `dx`; gradients of wanted parameters into `found`.
 
-        `U` is what `first` gave, or None where it was not kept; it is returned.
+        `U` is what `first` gave.
         """
-        U = self.first(x) if U is None else U
         d_increment = G.reshape(-1, G.shape[-1]).to(self.dtype)
         d_rows, weight = d_increment, self.weight.to(self.dtype)
         if self.A is not None:
-            d_rows, weight = self.gradient_of_inner(d_increment @ weight), self.A.to(self.dtype)  # dT = G B^T
+            d_rows, weight = self.whole_gradient(d_increment @ weight), self.A.to(self.dtype)  # dT = G B^T
             if self.activation == "silu":
                 d_rows = torch.ops.aten.silu_backward(d_rows, U.reshape(d_rows.shape))
         _product_into(dx.view(-1, dx.shape[-1]), d_rows, weight, add)  # dX = dU A^T
@@ -131,16 +130,11 @@ class Product:
         if self.A is not None and f"{self.name}.A.weight" in found.wanted:
             X = x.reshape(-1, x.shape[-1]).to(self.dtype)
             found.found[f"{self.name}.A.weight"] = d_rows.t() @ X  # dA = X^T dU
-        return U
-
-    def gradient_of_inner(self, dT: torch.Tensor) -> torch.Tensor:
-        """dT [B T, r] as it goes on."""
-        return dT
 
     @staticmethod
-    def gradient_of_b(G: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """db = <G, Y_{l-1}>, [1]; db/dbeta = 1."""
-        return torch.dot(G.view(-1), previous.reshape(-1)).view(1)
+    def whole_gradient(part: torch.Tensor) -> torch.Tensor:
+        """dT [B T, r], or db = <G, Y_{l-1}> [1], as it goes on."""
+        return part
 
 
 def _product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, add: bool) -> None:
@@ -190,7 +184,7 @@ class OpaqueProduct:
         with self.call.autocast():
             return LocalGraph(lambda *tensors: function(*tensors, **arguments), inputs, self.parameters, waits)
 
-    gradient_of_b = staticmethod(Product.gradient_of_b)
+    whole_gradient = staticmethod(Product.whole_gradient)
 
     def output(self, increment: torch.Tensor) -> torch.Tensor:
         """Y of a position that does not build on another: the increment itself."""

@@ -38,7 +38,7 @@ class Tape:
         layers: the decoder blocks, bottom first.
         arguments: keyword arguments of each of them.
         b: of every position of each of them, by name (`read_b`).
-        device_type: of the hidden states.
+        call: what the blocks have in common.
         meter: where the drift goes.
     """
 
@@ -50,7 +50,7 @@ class Tape:
         layers: list[Any],
         arguments: list[dict],
         b: list[dict[str, float]],
-        device_type: str,
+        call: Call,
         meter: DriftMeter | None = None,
     ) -> None:
         self.policy = POLICIES[policy]
@@ -59,7 +59,7 @@ class Tape:
         self.layers = layers
         self.arguments = arguments
         self.b = b
-        self.call = Call(device_type)
+        self.call = call
         self.meter = meter or DriftMeter()
         self.has_below: list[set[str]] = []
         self.can_invert: list[bool] = []
@@ -126,9 +126,9 @@ class Tape:
         # A hook stepped in between: from here on its h counts.
         if not (self._gave(index - 1, h) or _same_values(h, self.live.h)):
             self.inputs[index] = h = h.detach().to(self.live.h.dtype)
-            self._keep(index - 1)
+            self.states[index - 1] = self.live
         if self._has_to_be_kept(index):
-            self._keep(index - 1)
+            self.states[index - 1] = self.live
         return self.inputs.get(index, self.live.h)
 
     def _gave(self, index: int, h: torch.Tensor) -> bool:
@@ -138,10 +138,6 @@ class Tape:
         while node is not None and node.name() in _HANDS_ON:
             node = next((below for below, _ in node.next_functions if below is not None), None)
         return getattr(node, "tape", None) is self and node.index == index
-
-    def _keep(self, index: int) -> None:
-        assert self.live is not None
-        self.states[index] = self.live
 
     def _has_to_be_kept(self, index: int) -> bool:
         """Whether S_{index - 1} must outlive layer `index`."""

@@ -199,28 +199,23 @@ class SplitProduct(Product):
             dist.all_reduce(part, group=self.split.group)
         return part
 
-    def gradient_of_inner(self, dT: torch.Tensor) -> torch.Tensor:
-        """dT, summed over the ranks where each has a part of it."""
-        return self._summed(dT, self.split.by_columns)
+    def whole_gradient(self, part: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """dT, or db, summed over the ranks where each has a part of it."""
+        return self._summed(part, self.split.by_columns)
 
-    def gradient_of_b(self, G: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """<G, Y_{l-1}> over the whole of Y."""
-        return self._summed(super().gradient_of_b(G, previous), self.split.by_columns)
-
-    def backward(self, G, x, U, dx, add: bool, found):
+    def backward(self, G, x, U, dx, add: bool, found) -> None:
         """As `Product.backward`; gradients of weights that are split are DTensors, as these are."""
         if self.A is None and self.split.by_columns:
             part = torch.empty_like(dx)
-            U = super().backward(G, x, U, part, False, found)
+            super().backward(G, x, U, part, False, found)
             self._summed(part, True)
             dx.add_(part) if add else dx.copy_(part)
         else:
-            U = super().backward(G, x, U, dx, add, found)
+            super().backward(G, x, U, dx, add, found)
         for name, weight in self.whole.items():
             if isinstance(weight, DTensor) and name in found.found:
                 gradient = found.found[name].contiguous()
                 found.found[name] = DTensor.from_local(gradient, weight.device_mesh, weight.placements, run_check=False)
-        return U
 
 
 SPLIT: dict[type, type] = {

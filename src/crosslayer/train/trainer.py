@@ -38,15 +38,26 @@ _OF_GROUPS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 """Settings of parameter groups that a resumed run may change; the rate comes from the schedule."""
 
 
+_WHOLE_AND_AT_HAND: dict[str, Any] = {
+    "dataloader_drop_last": False,
+    "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": None,
+    "dataloader_persistent_workers": False,
+    "dataloader_multiprocessing_context": None,
+}
+
+
 @contextmanager
-def _unrefused(arguments: TrainingArguments, model: Any) -> Iterator[None]:
-    """The Trainer refuses checkpoints to go on from of a model that processes share; it is not asked to write them."""
-    weights_only = arguments.save_only_model
-    arguments.save_only_model = weights_only or is_split(model)
+def _settings(arguments: TrainingArguments, **settings: Any) -> Iterator[None]:
+    """Other settings for a while."""
+    before = {name: getattr(arguments, name) for name in settings}
     try:
+        for name, value in settings.items():
+            setattr(arguments, name, value)
         yield
     finally:
-        arguments.save_only_model = weights_only
+        for name, value in before.items():
+            setattr(arguments, name, value)
 
 
 class SafeTrainer(Trainer):
@@ -71,7 +82,9 @@ class SafeTrainer(Trainer):
     control: TrainerControl
 
     def __init__(self, *args, monitor: Monitor | None = None, **kwargs) -> None:
-        with _unrefused(kwargs["args"], kwargs.get("model")):
+        # The Trainer refuses checkpoints to go on from of a model that processes share; it is not asked to write them.
+        weights_only = kwargs["args"].save_only_model or is_split(kwargs.get("model"))
+        with _settings(kwargs["args"], save_only_model=weights_only):
             super().__init__(*args, **kwargs)
         is_adapted = hasattr(self.model, "peft_config")  # whole in every process, and all that is saved
         self.shards = ShardWriter() if is_split(self.model) and not is_adapted else None
@@ -358,14 +371,12 @@ class PretrainTrainer(GroupedOptimizer, StreamTrainer, SafeTrainer):
         return loss
 
     def get_eval_dataloader(self, eval_dataset=None):
-        # One for all evaluations of a split, since accelerate keeps all that are made; of all of it, unlike steps.
+        # One for all evaluations of a split, since accelerate keeps all that are made; of all of it, unlike steps. Its
+        # rows are there: no workers, which would be forked for each evaluation, from a process with threads.
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.evaluation_loader is None or self.evaluation_loader[0] is not rows:
-            drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-            try:
+            with _settings(self.args, **_WHOLE_AND_AT_HAND):
                 self.evaluation_loader = (rows, super().get_eval_dataloader(eval_dataset))
-            finally:
-                self.args.dataloader_drop_last = drop_last
         return self.evaluation_loader[1]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
