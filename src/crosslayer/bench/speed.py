@@ -22,7 +22,7 @@ from ..accounting import peak_flops
 from ..analysis import measure_peak_memory
 from ..private import attention_operations, fused_attention_on_cpu
 from ..workers import initialize_worker, without_interrupts
-from .contenders import REFERENCE, SETUPS, Contenders
+from .contenders import REFERENCE, SETUPS, ChunkedLoss, Contenders
 from .rows import GenerationRow, PeakRow, RelativeTiming, Timing, TrainingRow
 
 Step = Callable[[], Any]
@@ -78,17 +78,18 @@ def summarize(seconds: list[float], tokens: int) -> Timing:
 
 
 def training_step(
-    model: nn.Module,
+    model: PreTrainedModel,
     ids: torch.Tensor,
     optimizer: torch.optim.Optimizer | None = None,
     precision: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Step:
-    """Forward, loss on the logits (transformers' own), backward and optimizer; None: fused AdamW."""
+    """Forward, loss by vocabulary chunks (`ChunkedLoss`), backward and optimizer; None: fused AdamW."""
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    trained = ChunkedLoss(model)
 
     def step() -> None:
         with precision():
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = trained(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -160,12 +161,13 @@ def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, out
 def matrix_operations(model: nn.Module, ids: torch.Tensor) -> int:
     """Operations of a training step by torch's counter: backward twice the forward, recomputation not counted.
 
-    Attention counts as the full square, as on CUDA; torch's counter does not know the CPU's fused kernel by itself.
+    Attention counts as the full square, as on CUDA; torch's counter does not know the CPU's fused kernel by itself, nor
+    what is within a chunked loss: the logits of one sequence are made here, and counted for all.
     """
     known = {fused_attention_on_cpu()[0]: _attention}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
-        model(input_ids=ids, labels=ids, use_cache=False)
-    return 3 * counter.get_total_flops()
+        model(input_ids=ids[:1], use_cache=False)
+    return 3 * len(ids) * counter.get_total_flops()
 
 
 def training_rows(
@@ -275,10 +277,10 @@ def measure_generation(
 
 
 def measure_memory(contenders: Contenders, ids: torch.Tensor) -> dict[str, PeakRow]:
-    """Peak memory of a training step by part: {method: bytes}, in one step of AdamW."""
+    """Peak memory of a training step by part: {method: bytes}, in one step of AdamW, the loss by vocabulary chunks."""
     rows: dict[str, PeakRow] = {}
     for name in contenders.methods:
-        model = contenders.model(name)
+        model = ChunkedLoss(contenders.model(name))
         with contenders.precision():
             rows[name] = cast(PeakRow, measure_peak_memory(model, ids).to_dict())
     return rows
