@@ -239,22 +239,28 @@ def test_failure_of_an_own_process(capfd):
     assert "IndexError" in capfd.readouterr().err
 
 
-def test_generation_is_transformers_own(monkeypatch):
-    """The decode loop makes the tokens that `generate` makes."""
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_generation_is_transformers_own(compiled):
+    """The decode loops make the tokens that `generate` makes, again after a second prompt."""
     contenders = Contenders(SHAPE, ["crnet"])
     model, ids = contenders.model("crnet").eval(), contenders.tokens(2, 7)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     run = speed_module._Generation(contenders, "crnet", ids, 1)
-    with torch.inference_mode():
-        run.prefill()
-        found = [run.next]
-        for _ in range(5):
-            run.decode()
-            found.append(run.next)
+    if compiled:
+        torch.compiler.reset()
+        run = speed_module._StaticGeneration(contenders, "crnet", ids, 5, "aot_eager")
+        run.new_tokens = 1
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-    assert torch.equal(torch.cat(found, 1), expected[:, 7:])
+    for _ in range(2):
+        with torch.no_grad():
+            run.prefill()
+            found = [run.next]
+            for _ in range(5):
+                run.decode()
+                found.append(run.next)
+        assert torch.equal(torch.cat(found, 1), expected[:, 7:])
 
 
 def test_measure_generation():
