@@ -17,7 +17,7 @@ chunks, transformers' Llama too. Four kinds of cells:
     decode, static    greedy, one forward for each token, at batch 1 and 32: eager with a growing cache, bound by
                       launches; and compiled with a static cache and CUDA graphs
 
-What no longer fits the time is skipped and printed; run the command again for the rest.
+What no longer fits the time, or fails, is printed; run the command again for it.
 """
 
 import argparse
@@ -283,13 +283,13 @@ def main() -> None:
         "sizes": bench.sizes,
         "ranks": RANKS,
     }
-    skipped = measure_in_order(results, bench.cells(), options.minutes)
+    left = measure_in_order(results, bench.cells(), options.minutes)
     results.content["speed_over_dense"] = over("dense", speeds(results))
     results.content["targets"] = targets(results)
     results.save()
     show(results)
-    if skipped:
-        print(f"\nNo time left for: {', '.join(skipped)}. Run the command again.")
+    if left:
+        print(f"\n{left}")
 
 
 if __name__ == "__main__":

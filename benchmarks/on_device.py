@@ -14,16 +14,25 @@ Cells = dict[str, tuple[float, Callable[[], dict[str, Any]]]]
 """Section -> (seconds that it may take, what measures it), the most important first."""
 
 
-def measure_in_order(results: ResultFile, cells: Cells, minutes: float) -> list[str]:
-    """Measures what is not in the file and still fits the time; the names of what does not."""
-    end, skipped = time.monotonic() + 60 * minutes, []
+def measure_in_order(results: ResultFile, cells: Cells, minutes: float) -> str | None:
+    """Measures what is not in the file and still fits the time; in words, what is left for another run, if anything.
+
+    What fails does not keep the rest from being measured, and is not in the file.
+    """
+    end, skipped, failed = time.monotonic() + 60 * minutes, [], []
     for name, (seconds, measure) in cells.items():
         if name not in results and time.monotonic() + seconds > end:
             skipped.append(name)
             continue
-        results.section(name, measure)
+        try:
+            results.section(name, measure)
+        except Exception as error:
+            failed.append(f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
         free_memory()
-    return skipped
+    found = [
+        f"{what}: {', '.join(names)}." for what, names in (("Failed", failed), ("No time left for", skipped)) if names
+    ]
+    return " ".join([*found, "Run the command again."]) if found else None
 
 
 def is_cuda(device: str) -> bool:

@@ -239,7 +239,7 @@ def test_failure_of_an_own_process(capfd):
     assert "IndexError" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_generation_is_transformers_own(compiled):
     """The decode loops make the tokens that `generate` makes, again after a second prompt."""
     contenders = Contenders(SHAPE, ["crnet"])
