@@ -42,7 +42,7 @@ from crosslayer.accounting import (
 from crosslayer.bench.contenders import LOSS, Contenders
 from crosslayer.bench.speed import matrix_operations, measure_generation, summarize, take_turns, training_step
 from crosslayer.methods import METHODS
-from on_device import Cells, is_cuda, largest, measure_in_order, peaks, restart_peak, runs
+from on_device import Cells, is_cuda, largest, make_states, measure_in_order, peaks, restart_peak, runs
 from result_file import ResultFile
 
 SIZES = {
@@ -111,7 +111,8 @@ class Bench:
         contenders, length, most = self.contenders(size, name), self.given["sequences"][0], self.given["most"]
         try:
             model = contenders.model(name)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+            make_states(optimizer)
         except torch.OutOfMemoryError:
             return {"label": METHODS[name], "out_of_memory": True}
 
@@ -125,7 +126,6 @@ class Bench:
             found, fails = largest(fits, start=min(16, most), limit=most, seconds=SEARCH_SECONDS)
             return {"fits": found * unit, "fails": fails and fails * unit}
 
-        fits(1, length)  # from here on the optimizer's states are there
         batch = search(lambda n: fits(n, length), 1)
         return {"label": METHODS[name], "batch": batch, "sequence": search(lambda n: fits(1, n * length), length)}
 

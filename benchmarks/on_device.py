@@ -60,6 +60,15 @@ def peaks(device: str) -> dict[str, int | None]:
     }
 
 
+def make_states(optimizer: torch.optim.Optimizer) -> None:
+    """A first step, of gradients of zero: out of memory in a later one cannot leave states half made."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def runs(step: Callable[[], Any], model: torch.nn.Module, times: int = 1) -> bool:
     """Whether a step has room; what it left behind is given back, its gradients too."""
     try:

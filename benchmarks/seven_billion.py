@@ -42,7 +42,7 @@ from crosslayer.analysis import measure_peak_memory
 from crosslayer.bench.speed import summarize, take_turns
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
 from crosslayer.train.gradient_release import release_gradients
-from on_device import is_cuda, largest, measure_in_order, peaks, restart_peak, runs
+from on_device import is_cuda, largest, make_states, measure_in_order, peaks, restart_peak, runs
 from result_file import ResultFile
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
@@ -155,10 +155,12 @@ def measure(name: str, rank: int, options: argparse.Namespace) -> dict[str, Any]
         )
     try:
         model = build(name, rank, device, SCALE if options.smoke else 1)
+        for parameter in model.parameters():
+            optimizer = make_optimizer([parameter], eight_bits)
+            make_states(optimizer)
+            release_gradients(optimizer)
     except torch.OutOfMemoryError:
-        return {**found, "tokens_per_micro_batch": 0, "out_of_memory": "the weights alone do not fit"}
-    for parameter in model.parameters():
-        release_gradients(make_optimizer([parameter], eight_bits))
+        return {**found, "tokens_per_micro_batch": 0, "out_of_memory": "weights and optimizer states alone do not fit"}
 
     def step(rows: int, sequence: int) -> None:
         ids = torch.randint(model.config.vocab_size, (rows, sequence), device=device)

@@ -299,6 +299,16 @@ def test_cells_within_a_time(script, tmp_path):
     assert on_device.measure_in_order(file, {"a": cells["a"]}, minutes=0) is None
 
 
+def test_states_are_made_ahead(script):
+    parameter = torch.nn.Parameter(torch.randn(3))
+    before = parameter.detach().clone()
+    optimizer = torch.optim.AdamW([parameter], weight_decay=0.0)
+    script("on_device").make_states(optimizer)
+    assert parameter.grad is None
+    assert torch.equal(parameter, before)
+    assert {"exp_avg", "exp_avg_sq"} <= optimizer.state[parameter].keys()
+
+
 def test_out_of_memory_is_an_answer(script):
     runs, model = script("on_device").runs, torch.nn.Linear(2, 2)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
@@ -250,6 +251,7 @@ def test_generation_is_transformers_own(compiled):
     run = speed_module._Generation(contenders, "crnet", ids, 1)
     if compiled:
         torch.compiler.reset()
+        counters.clear()
         run = speed_module._StaticGeneration(contenders, "crnet", ids, 5, "aot_eager")
         run.new_tokens = 1
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
@@ -261,6 +263,8 @@ def test_generation_is_transformers_own(compiled):
                 run.decode()
                 found.append(run.next)
         assert torch.equal(torch.cat(found, 1), expected[:, 7:])
+    if compiled:
+        assert counters["stats"]["unique_graphs"] == 1  # for all tokens
 
 
 def test_measure_generation():
