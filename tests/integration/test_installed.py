@@ -65,6 +65,7 @@ NOT_RUN = {
     "python benchmarks/resume_memory.py": CHECKOUT,
     "python benchmarks/soak.py --hours 1": CHECKOUT,
     "python benchmarks/gpu.py": CHECKOUT,
+    "python benchmarks/gpu.py --expect": CHECKOUT,
     "python benchmarks/seven_billion.py": CHECKOUT,
     "python benchmarks/seven_billion.py --expect": CHECKOUT,
     "crosslayer pretrain --recipe crnet_1b_c4 --dry-run": HUB,
