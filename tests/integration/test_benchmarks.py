@@ -481,6 +481,23 @@ def test_eight_bit_adamw(script):
     assert sum(state.nbytes for state in states) == seven.STATE_BYTES * parameter.numel()
 
 
+# plan_limits
+
+
+@pytest.mark.slow
+def test_plan_limits(script, tmp_path, monkeypatch, capsys):
+    limits, out = script("plan_limits"), tmp_path / "p.json"
+    call(limits, monkeypatch, "--smoke", "--out", out)
+    sections = json.loads(out.read_text())["sections"].values()
+    assert [row["holds"] for row in sections] == [True, True]
+    assert [row["recommended"]["label"] for row in sections] == ["none", "invert"]
+    assert "does not hold" not in capsys.readouterr().out
+    monkeypatch.setattr(limits, "run", lambda config, about: 10**12)
+    monkeypatch.setattr(limits, "SMOKE_LIMITS_MB", (50,))
+    call(limits, monkeypatch, "--smoke", "--out", out)
+    assert "does not hold" in capsys.readouterr().out
+
+
 # long runs
 
 

@@ -139,7 +139,7 @@ def speed(
     if "memory" in chosen:
         result["memory"] = measure_memory(contenders, ids)
     if "generation" in chosen:
-        lengths = {"batch": decode_batch, "prompt": prompt, "new_tokens": new_tokens}
+        lengths: dict[str, Any] = {"batch": decode_batch, "prompt": prompt, "new_tokens": new_tokens}
         result["generation"] = measure_generation(contenders, **lengths, turns=turns, warm_up=warm_up)
     if as_json:
         what = "tokens per second, interleaved in one process: medians, 20th and 80th percentile"
