@@ -63,6 +63,7 @@ NOT_RUN = {
     "python benchmarks/memory.py --sections speed kept_heap bf16 --redo --threads 1": CHECKOUT,
     "python benchmarks/kills.py --kills 50": CHECKOUT,
     "python benchmarks/resume_memory.py": CHECKOUT,
+    "python benchmarks/plan_limits.py": CHECKOUT,
     "python benchmarks/soak.py --hours 1": CHECKOUT,
     "python benchmarks/gpu.py": CHECKOUT,
     "python benchmarks/gpu.py --expect": CHECKOUT,
