@@ -14,8 +14,9 @@ Sections, in benchmarks/results/memory_cpu.json:
     bf16       speed with bf16 products and with bf16 weights, 8 layers
     interval   the largest `reversible` interval whose gradients are still right, and what it keeps
 
-`speed`, `policies`, `kept_heap` and `bf16` need a quiet machine. Last, the bars of the project are printed, each with
-its number.
+The loss is taken by vocabulary chunks; sections that do not say so ("loss") were taken with whole logits. `speed`,
+`policies`, `kept_heap` and `bf16` need a quiet machine. Last, the bars of the project are printed, each
+with its number.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from unittest import mock
 
 import torch
 
-from crosslayer.bench.contenders import Contenders
+from crosslayer.bench.contenders import LOSS, ChunkedLoss, Contenders
 from crosslayer.bench.memory import memory_rows, saved_by_depth
 from crosslayer.bench.speed import measure_memory, measure_training
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
@@ -75,7 +76,7 @@ def measure_saved(sizes: dict) -> dict[str, Any]:
     unkept = saved_by_depth(shape, ["crnet_reversible"], sizes["depths"], interval=10**6)
     rows["crnet_reversible_whole"] = memory_rows(unkept, sizes["hidden"])["crnet_reversible"]
     rows["crnet_reversible_whole"]["label"] += ", no state in between"
-    return {"shape": shape, "dtype": "float32", "methods": rows}
+    return {"shape": shape, "dtype": "float32", "loss": LOSS, "methods": rows}
 
 
 def draw(section: dict, path: Path) -> None:
@@ -147,14 +148,15 @@ def measure_resident(sizes: dict) -> dict[str, Any]:
             "counted_h": round(growth / (4 * hidden), 3),
             "ratio": round(slope / growth, 3),
         }
-    return {"shape": shape_of(hidden, 0, sequence), "batch": batch, "sequence": sequence, "methods": found}
+    shape = shape_of(hidden, 0, sequence)
+    return {"shape": shape, "loss": LOSS, "batch": batch, "sequence": sequence, "methods": found}
 
 
 def peak_of_this_process(name: str, interval: str, hidden: int, layers: int, batch: int, sequence: int) -> None:
     """Gradients are there before, so that their growth with depth is not counted as activations'."""
     torch.set_num_threads(1)
     contenders = Contenders(shape_of(hidden, layers, sequence), [name], interval=int(interval) or None)
-    model = contenders.model(name)
+    model = ChunkedLoss(contenders.model(name))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter).add_(0.0)
     warm_up, ids = contenders.tokens(1, 8), contenders.tokens(batch, sequence)
@@ -180,7 +182,8 @@ def measure_peak(sizes: dict, batch: int) -> dict[str, Any]:
     for layers in sizes["speed"]:
         contenders = Contenders(shape_of(sizes["hidden"], layers), METHODS_HERE)
         found[str(layers)] = measure_memory(contenders, contenders.tokens(batch, sequence))
-    return {"shape": shape_of(sizes["hidden"], 0), "batch": batch, "sequence": sequence, "layers": found}
+    shape = shape_of(sizes["hidden"], 0)
+    return {"shape": shape, "loss": LOSS, "batch": batch, "sequence": sequence, "layers": found}
 
 
 KEPT_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -219,6 +222,7 @@ def measure_speed(
             del contenders
     return {
         "shape": shape_of(sizes["hidden"], 0),
+        "loss": LOSS,
         "batch": batch,
         "sequence": sequence,
         "turns": count,

@@ -5,7 +5,8 @@
     python benchmarks/roofline.py --write                        puts them into the page
 
 One run: the device is measured (`crosslayer bench device`) ahead of each section, contenders take turns in one process,
-and a figure is the median of the turns after a warm-up. A step is forward, loss on the logits, backward and AdamW.
+and a figure is the median of the turns after a warm-up. A step is forward, loss, backward and AdamW; the loss is taken
+by vocabulary chunks, and predicted so. Sections that do not say so ("loss") were taken with whole logits.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def measure(name: str, dtype: str, turns: int, clock: str = "perf_counter") -> d
     """Rates of the device, then the steps: {"clock", "rates", "steps": {contender: seconds of every turn}}."""
     import torch
 
-    from crosslayer.bench.contenders import Contenders
+    from crosslayer.bench.contenders import LOSS, Contenders
     from crosslayer.bench.device import measure_device
     from crosslayer.bench.speed import take_turns, training_step
 
@@ -97,7 +98,7 @@ def measure(name: str, dtype: str, turns: int, clock: str = "perf_counter") -> d
 
     seconds = take_turns(steps, turns, warm_up=1, before=switch)
     rounded = {each: [round(x, 5) for x in taken] for each, taken in seconds.items()}
-    return {"clock": clock, "rates": rates.to_dict(), "steps": rounded}
+    return {"clock": clock, "loss": LOSS, "rates": rates.to_dict(), "steps": rounded}
 
 
 # Predicting
@@ -107,11 +108,12 @@ def rates_of(section: dict[str, Any]) -> Rates:
     return Rates(**{name: value for name, value in section["rates"].items() if name not in ("what", "format")})
 
 
-def predict(name: str, dtype: str, contender: str, rates: Rates) -> StepTime:
+def predict(name: str, dtype: str, contender: str, rates: Rates, fused_loss: bool = True) -> StepTime:
     factorization, recompute = CONTENDERS[contender]
     *_, batch, sequence = SHAPES[name]
     shape = Shape.of({"model_type": "llama", **fields_of(name)}).factorized(factorization)
-    step = Step(sequence=sequence, micro_batch=batch, precision=PRECISIONS[DTYPES[dtype]], fused_norms=False)
+    kinds = {"fused_norms": False, "fused_loss": fused_loss}
+    step = Step(sequence=sequence, micro_batch=batch, precision=PRECISIONS[DTYPES[dtype]], **kinds)
     return predict_step(shape, step, rates, Method(recompute=recompute))
 
 
@@ -121,9 +123,9 @@ def compared(results: ResultFile) -> dict[tuple[str, str], dict[str, tuple[float
     for dtype in DTYPES:
         for name in SHAPES:
             section = results[f"{dtype} {name}"]
-            rates = rates_of(section)
+            rates, chunks = rates_of(section), "loss" in section
             found[dtype, name] = {
-                contender: (statistics.median(seconds), predict(name, dtype, contender, rates).seconds)
+                contender: (statistics.median(seconds), predict(name, dtype, contender, rates, chunks).seconds)
                 for contender, seconds in section["steps"].items()
             }
     return found

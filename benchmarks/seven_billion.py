@@ -4,11 +4,14 @@
     python benchmarks/seven_billion.py --expect              the arithmetic below, on any machine
     python benchmarks/seven_billion.py --device cpu --smoke --out smoke.json
 
-Hidden 4096, MLP 11008, 32 layers, vocabulary 32,000. bf16 weights, 8-bit AdamW (bitsandbytes, extra `baselines`), loss
-by vocabulary chunks, no offload. Every parameter has an optimizer of its own that steps and drops the gradient as soon
-as it is complete (`register_post_accumulate_grad_hook`), so that never more than one layer's gradients exist; one
-micro-batch is then one step. Each contender runs in a process of its own, capped by
-`torch.cuda.set_per_process_memory_fraction`.
+Hidden 4096, MLP 11008, 32 layers, vocabulary 32,000. bf16 weights, 8-bit AdamW (bitsandbytes, extra `baselines`; where
+it is not installed torch's AdamW, whose states are bf16 like the weights, and the section says so), loss by vocabulary
+chunks, no offload. Gradient release (train/gradient_release.py): every parameter has an optimizer of its own that steps
+and drops the gradient as soon as it is complete, so that never more than one layer's gradients exist; one micro-batch
+is then one step. Each contender runs in a process of its own, capped by `torch.cuda.set_per_process_memory_fraction`.
+What no longer fits the time, or fails, is printed; run the command again for it.
+
+The target: every CR-Net trains under the cap (`targets` in the result).
 
 Why it fits (GB = 1e9 bytes; CR-Net, r = 1024 and 512)
 
@@ -23,21 +26,23 @@ The dense model does not fit: 6.74e9 x (2 + 2.03) bytes are 27.2 GB before the f
 """
 
 import argparse
-import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import is_bitsandbytes_available
 
 from crosslayer.accounting import count_parameters
 from crosslayer.analysis import measure_peak_memory
 from crosslayer.bench.speed import summarize, take_turns
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
+from crosslayer.train.gradient_release import release_gradients
+from on_device import is_cuda, largest, make_states, measure_in_order, peaks, restart_peak, runs
 from result_file import ResultFile
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
@@ -46,23 +51,25 @@ LAYERS, SCALE, HEAD_DIM = 32, 32, 128
 CAP_GIB = 24.0
 ELSEWHERE_GIB = 0.8  # CUDA context, workspaces, fragmentation: an allowance
 STATE_BYTES = 2 + 2 * 4 / 256  # two 8-bit moments, a float32 maximum for each block of 256 of both
+SEARCH_SECONDS = 30  # of a search for the largest micro-batch
+CASE_SECONDS = 90  # what a contender may take; it is not begun with less
 
 CONTENDERS: dict[str, dict[str, Any]] = {
-    "crnet_reversible": {"recompute": "reversible"},
-    "crnet_reversible_16": {"recompute": "reversible", "recompute_interval": 16},
-    "crnet_reversible_whole": {"recompute": "reversible", "recompute_interval": LAYERS},
     "crnet_invert": {"recompute": "invert"},
-    "cola": {"factorization": "cola"},
-    "cola_checkpointing": {"factorization": "cola", "checkpointing": True},
+    "crnet_reversible": {"recompute": "reversible"},
     "dense": {"factorization": "dense"},
     "dense_checkpointing": {"factorization": "dense", "checkpointing": True},
+    "crnet_reversible_16": {"recompute": "reversible", "recompute_interval": 16},
+    "crnet_reversible_whole": {"recompute": "reversible", "recompute_interval": LAYERS},
+    "cola_invert": {"factorization": "cola", "recompute": "invert"},
+    "cola": {"factorization": "cola"},
+    "cola_checkpointing": {"factorization": "cola", "checkpointing": True},
 }
 
 
 def cases() -> list[tuple[str, int]]:
     """(contender, rank), the headline first. Dense has no rank."""
-    found = [(name, rank) for name in CONTENDERS if not name.startswith("dense") for rank in (1024, 512)]
-    return found + [(name, 0) for name in CONTENDERS if name.startswith("dense")]
+    return [(name, rank) for name in CONTENDERS for rank in ((0,) if name.startswith("dense") else (512, 1024))]
 
 
 def configuration(name: str, rank: int, scale: int = 1) -> CRNetConfig:
@@ -130,96 +137,72 @@ def bytes_per_token(name: str, rank: int) -> float:
 # What is measured
 
 
-def release_gradients(model: torch.nn.Module, make_optimizer: Callable[[list], torch.optim.Optimizer]) -> dict:
-    """An optimizer for each parameter, which steps within the backward and drops the gradient."""
-    optimizers = {p: make_optimizer([p]) for p in model.parameters() if p.requires_grad}
+def make_optimizer(parameters: list, eight_bits: bool) -> torch.optim.Optimizer:
+    if not eight_bits:
+        return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    from bitsandbytes.optim import AdamW8bit
 
-    def step(parameter: torch.Tensor) -> None:
-        optimizers[parameter].step()
-        parameter.grad = None
-
-    for parameter in optimizers:
-        parameter.register_post_accumulate_grad_hook(step)
-    return optimizers
-
-
-def make_adamw_8bit(parameters: list) -> torch.optim.Optimizer:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        sys.exit("8-bit AdamW comes from bitsandbytes: pip install 'crosslayer[baselines]'")
     return AdamW8bit(parameters, lr=1e-4, weight_decay=0.0)
-
-
-def largest(fits: Callable[[int], bool], start: int = 1, limit: int = 1024) -> int:
-    """The largest n <= limit for which `fits(n)`, 0 if none: doubling, then halving the interval."""
-    low, high = 0, start
-    while high <= limit and fits(high):
-        low, high = high, 2 * high
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def measure(name: str, rank: int, options: argparse.Namespace) -> dict[str, Any]:
     """In a process of its own. Out of memory is an answer: no weights, no optimizer, or no token fits."""
-    device, is_cuda = options.device, options.device.startswith("cuda")
-    if is_cuda:
+    device, eight_bits = options.device, is_bitsandbytes_available() and not options.plain_optimizer
+    found: dict[str, Any] = {"optimizer": "8-bit AdamW" if eight_bits else "AdamW, bf16 states"}
+    if is_cuda(device):
         torch.cuda.set_per_process_memory_fraction(
             min(1.0, options.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
         )
     try:
         model = build(name, rank, device, SCALE if options.smoke else 1)
-        optimizers = release_gradients(model, torch.optim.AdamW if options.plain_optimizer else make_adamw_8bit)
-        vocabulary = model.config.vocab_size
-
-        def step(rows: int, sequence: int) -> None:
-            ids = torch.randint(vocabulary, (rows, sequence), device=device)
-            model(ids, labels=ids, use_cache=False).loss.backward()
-
-        def fits(rows: int, sequence: int) -> bool:
-            try:
-                for _ in range(2):  # the second with all states there
-                    step(rows, sequence)
-                return True
-            except torch.OutOfMemoryError:
-                for parameter in optimizers:
-                    parameter.grad = None
-                return False
-            finally:
-                gc.collect()  # what a step that failed left in cycles
-                if is_cuda:
-                    torch.cuda.empty_cache()
-
-        sequence = options.sequence
-        rows = largest(lambda n: fits(n, sequence), limit=options.limit)
-        while rows == 0 and sequence > 64:  # not a whole sequence: shorter ones
-            sequence //= 2
-            rows = largest(lambda n, s=sequence: fits(n, s), limit=2)
-        found: dict[str, Any] = {"parameters": model.num_parameters(), "sequence": sequence, "rows": rows}
-        found["tokens_per_micro_batch"] = rows * sequence
-        if rows:
-            if is_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            run = {"step": lambda: step(rows, sequence)}
-            seconds = take_turns(run, options.turns, warm_up=1, device=device)["step"]
-            found |= summarize(seconds, rows * sequence)
-            if is_cuda:
-                found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
-                found["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
-        return found
+        for parameter in model.parameters():
+            optimizer = make_optimizer([parameter], eight_bits)
+            make_states(optimizer)
+            release_gradients(optimizer)
     except torch.OutOfMemoryError:
-        return {"tokens_per_micro_batch": 0, "out_of_memory": "weights and optimizer states alone do not fit"}
+        return {**found, "tokens_per_micro_batch": 0, "out_of_memory": "weights and optimizer states alone do not fit"}
+
+    def step(rows: int, sequence: int) -> None:
+        ids = torch.randint(model.config.vocab_size, (rows, sequence), device=device)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    def search(sequence: int, limit: int) -> tuple[int, int | None]:
+        def fits(rows: int) -> bool:
+            return runs(lambda: step(rows, sequence), model, times=2)  # the second with all states there
+
+        return largest(fits, limit=limit, seconds=SEARCH_SECONDS)
+
+    sequence = options.sequence
+    rows, fails = search(sequence, options.limit)
+    while rows == 0 and sequence > 64:  # not a whole sequence: shorter ones
+        sequence //= 2
+        rows, fails = search(sequence, 2)
+    found |= {"parameters": model.num_parameters(), "sequence": sequence, "rows": rows, "fails_with_rows": fails}
+    found["tokens_per_micro_batch"] = rows * sequence
+    if rows:
+        restart_peak(device)
+        run = {"step": lambda: step(rows, sequence)}
+        seconds = take_turns(run, options.turns, warm_up=1, device=device)["step"]
+        found |= summarize(seconds, rows * sequence) | peaks(device)
+    return found
+
+
+def targets(results: ResultFile, cap: float) -> list[dict[str, Any]]:
+    """What was aimed at ahead of the first run, beside what came of it."""
+    tokens = {name: row["tokens_per_micro_batch"] for name, row in results.content["sections"].items()}
+    return [
+        {"what": f"{name} trains under {cap:g} GiB, tokens", "measured": found, "at_least": 1, "holds": found >= 1}
+        for name, found in tokens.items()
+        if name.startswith("crnet")
+    ]
 
 
 def in_a_process(name: str, rank: int) -> dict[str, Any]:
-    command = [sys.executable, *sys.argv, "--one", json.dumps([name, rank])]
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps([name, rank])]
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     output = subprocess.run(command, capture_output=True, text=True, env=environment)
     if output.returncode:
-        sys.exit(output.stderr.strip() or f"{name}: exit code {output.returncode}")
+        raise RuntimeError(output.stderr.strip()[-300:] or f"exit code {output.returncode}")
     return json.loads(output.stdout.splitlines()[-1])
 
 
@@ -230,11 +213,12 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, help="[default: 1024]")
     parser.add_argument("--turns", type=int, default=3, help="counted steps at the largest micro-batch")
     parser.add_argument("--limit", type=int, help="most sequences tried [default: 256]")
+    parser.add_argument("--minutes", type=float, default=8.5, help="nothing is begun that would end after that")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="some contenders")
     parser.add_argument("--expect", action="store_true", help="only the arithmetic")
     parser.add_argument("--plain-optimizer", action="store_true", help="torch's AdamW instead of the 8-bit one")
     parser.add_argument("--smoke", action="store_true", help="1/32 of the width, at most 3 short sequences")
-    parser.add_argument("--redo", action="store_true", help="measure again what is in the file")
+    parser.add_argument("--redo", action="store_true", help="throw away what the file holds")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "seven_billion.json")
     options = parser.parse_args()
@@ -257,15 +241,24 @@ def main() -> None:
                 flush=True,
             )
         return
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
+    if is_cuda(options.device) and not torch.cuda.is_available():
         parser.error("no CUDA device here; --expect needs none, --device cpu --smoke shows that the script runs")
-    results = ResultFile(options.out, "7B shape, bf16 weights, 8-bit AdamW, capped memory", redo=options.redo)
+    if options.redo:
+        options.out.unlink(missing_ok=True)
+    results = ResultFile(options.out, "7B shape, bf16 weights, gradient release, capped memory")
     results.content["setting"] = {"cap_gib": options.cap, "shape": SHAPE, "layers": LAYERS, "smoke": options.smoke}
-    for name, rank in chosen:
-        key = f"{name} r={rank}" if rank else name
-        row = results.section(key, lambda name=name, rank=rank: in_a_process(name, rank))
+    keys = {(name, rank): f"{name} r={rank}" if rank else name for name, rank in chosen}
+    cells = {key: (CASE_SECONDS, partial(in_a_process, *case)) for case, key in keys.items()}
+    left = measure_in_order(results, cells, options.minutes)
+    results.content["targets"] = targets(results, options.cap)
+    results.save()
+    for key, row in results.content["sections"].items():
         speed = f", {row['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row else ""
-        print(f"  {row['tokens_per_micro_batch']:,} tokens per micro-batch{speed}")
+        print(f"{key}: {row['tokens_per_micro_batch']:,} tokens per micro-batch{speed}; {row['optimizer']}")
+    for row in results.content["targets"]:
+        print(f"target: {row['what']}: {row['measured']:,}, {'holds' if row['holds'] else 'does not hold'}")
+    if left:
+        print(left)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 One step is forward, backward and AdamW on the same tokens. The contenders take turns within one process, so that a
 change of the machine's speed meets all of them; the figure is the median of the steps after a warm-up, as a ratio to
-transformers' Llama. Every contender takes its loss the same way (transformers' own, on the logits). A step has 8 rows
-of 256 tokens, as in the default recipe; `--batch` takes another number.
+transformers' Llama. Every contender takes its loss the same way, by vocabulary chunks; files that do not say so
+("loss") were taken with transformers' own, on whole logits. A step has 8 rows of 256 tokens, as in the default recipe;
+`--batch` takes another number.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from crosslayer.bench.contenders import Contenders
+from crosslayer.bench.contenders import LOSS, Contenders
 from crosslayer.bench.speed import matrix_operations, take_turns, training_rows, training_step
 from crosslayer.crnet import CrossLayerLinear
 from crosslayer.methods import METHODS
@@ -91,6 +92,7 @@ def main() -> None:
         "shape": {**SHAPE, "batch": options.batch, "sequence": options.sequence, "rank": SHAPE["hidden_size"] // 4},
         "steps": options.steps,
         "threads": options.threads,
+        "loss": LOSS,
         "run": describe_run(script_command()),
         "contenders": rows,
         "seconds_per_step_by_operator": {name: where_time_goes(steps[name]) for name in (reference, "CR-Net", "CoLA")},

@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
+from crosslayer.analysis import measure_peak_memory
 from crosslayer.bench import speed as speed_module
-from crosslayer.bench.contenders import SETUPS, Contenders
+from crosslayer.bench.contenders import SETUPS, ChunkedLoss, Contenders
 from crosslayer.bench.memory import memory_rows, saved_by_depth
 from crosslayer.bench.speed import (
     OwnProcess,
     matrix_operations,
     measure_generation,
+    measure_memory,
     measure_training,
     summarize,
     take_turns,
@@ -29,6 +35,7 @@ from crosslayer.bench.speed import (
 from crosslayer.cli import main
 from crosslayer.crnet import CRNetForCausalLM
 from crosslayer.errors import ConfigError
+from tolerances import assert_all_close
 
 SHAPE = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 130, "num_hidden_layers": 3}
 SHAPE |= {"num_attention_heads": 3, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None}
@@ -75,6 +82,68 @@ def test_wrong_contenders(shape, arguments, parts):
         Contenders(SHAPE | shape, methods, **arguments)
     for part in parts:
         assert part in str(error.value)
+
+
+# The loss
+
+
+def gradients(model):
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_the_chunked_loss_is_the_plain_loss(name):
+    contenders = Contenders(SHAPE, [name])
+    model, ids = contenders.model(name), contenders.tokens(2, 9)
+    plain = model(input_ids=ids, labels=ids, use_cache=False).loss
+    plain.backward()
+    expected = gradients(model)
+    chunked = ChunkedLoss(model)(input_ids=ids, labels=ids, use_cache=False)
+    assert chunked.logits is None
+    chunked.loss.backward()
+    assert chunked.loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert_all_close(gradients(model), expected)
+
+
+class RowsOfLogits(TorchDispatchMode):
+    """Most rows of a tensor that is as wide as the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        wide = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor) and x.shape[-1:] == (SHAPE["vocab_size"],)]
+        self.most = max(self.most, *(x.numel() // SHAPE["vocab_size"] for x in wide), 0)
+        return made
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="this torch has no linear_cross_entropy")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_training_step_makes_no_logits(name, dtype):
+    contenders = Contenders(SHAPE, [name], dtype=dtype)
+    model, ids = contenders.model(name), contenders.tokens(2, 32)
+    with RowsOfLogits() as seen:
+        training_step(model, ids)()
+    assert seen.most < ids.numel()  # in half precision the chunks themselves are seen
+    with RowsOfLogits() as seen:
+        model(input_ids=ids, labels=ids, use_cache=False)
+    assert seen.most == ids.numel()
+
+
+def test_memory_is_of_the_chunked_loss():
+    """What is kept outside the layers does not grow with the vocabulary times tokens; the peak has no logits either."""
+    wide = SHAPE | {"vocab_size": 4000}
+    saved = saved_by_depth(wide, ["llama"], [1], batch=2, sequence=32)["llama"][1]
+    assert saved.elsewhere_bytes < 4 * 64 * 4000
+    contenders = Contenders(wide | {"num_hidden_layers": 1}, ["llama"])
+    ids = contenders.tokens(2, 32)
+    plain = measure_peak_memory(contenders.model("llama"), ids).total_bytes
+    assert measure_memory(contenders, ids)["llama"]["total"] < plain - 4 * 64 * 4000
 
 
 # The clock
@@ -171,22 +240,31 @@ def test_failure_of_an_own_process(capfd):
     assert "IndexError" in capfd.readouterr().err
 
 
-def test_generation_is_transformers_own(monkeypatch):
-    """The decode loop makes the tokens that `generate` makes."""
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_generation_is_transformers_own(compiled):
+    """The decode loops make the tokens that `generate` makes, again after a second prompt."""
     contenders = Contenders(SHAPE, ["crnet"])
     model, ids = contenders.model("crnet").eval(), contenders.tokens(2, 7)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     run = speed_module._Generation(contenders, "crnet", ids, 1)
-    with torch.inference_mode():
-        run.prefill()
-        found = [run.next]
-        for _ in range(5):
-            run.decode()
-            found.append(run.next)
+    if compiled:
+        torch.compiler.reset()
+        counters.clear()
+        run = speed_module._StaticGeneration(contenders, "crnet", ids, 5, "aot_eager")
+        run.new_tokens = 1
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-    assert torch.equal(torch.cat(found, 1), expected[:, 7:])
+    for _ in range(2):
+        with torch.no_grad():
+            run.prefill()
+            found = [run.next]
+            for _ in range(5):
+                run.decode()
+                found.append(run.next)
+        assert torch.equal(torch.cat(found, 1), expected[:, 7:])
+    if compiled:
+        assert counters["stats"]["unique_graphs"] == 1  # for all tokens
 
 
 def test_measure_generation():

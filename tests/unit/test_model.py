@@ -339,6 +339,31 @@ def test_fused_loss_under_autocast():
     assert_close(loss, exact, torch.bfloat16)
 
 
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="this torch has no linear_cross_entropy")
+def test_fused_loss_under_autocast_multiplies_in_its_dtype(monkeypatch):
+    """As on accelerators, where float32 products would take as long as all layers together."""
+    model, seen, op = model_of("cross_layer"), [], nn.functional.linear_cross_entropy
+    exact = model(tokens(), labels=tokens()).loss
+    exact.backward()
+    expected = gradients(model)["lm_head.weight"]
+    model.zero_grad()
+    model.fused_loss = True
+
+    def watched(flat, weight, *args, **kwargs):
+        seen.append((flat.dtype, weight.dtype))
+        return op(flat, weight, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "linear_cross_entropy", watched)
+    monkeypatch.setattr("crosslayer.crnet.loss.FLOAT32_CHUNKS", ())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert loss.dtype == gradients(model)["lm_head.weight"].dtype == torch.float32
+    assert_close(loss, exact, torch.bfloat16)
+    assert_close(gradients(model)["lm_head.weight"], expected, torch.bfloat16)
+
+
 def test_fused_loss_asks_a_replaced_head():
     """LoRA on the head: its product must be part of the loss."""
     model = model_of("cross_layer")

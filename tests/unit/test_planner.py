@@ -226,6 +226,15 @@ def test_recipe_lines_build(tmp_path):
     assert make_plan("llama_350m", "lor2c", **ISSUE, beside=()).recommended.recipe == {}
 
 
+def test_an_interval_is_within_the_layers():
+    """`reversible` keeps a state every 8 layers, where there are as many."""
+    config = config_of("cross_layer", **TINY | {"num_hidden_layers": 6})
+    for method in ("crnet", "crnet_reversible"):
+        plan = make_plan(config, method, gpu_memory=1e9, sequence=64, precision="float32", beside=())
+        for setting in plan.settings:
+            config_of("cross_layer", num_hidden_layers=6, recompute=setting.policy, recompute_interval=setting.interval)
+
+
 def test_every_method_has_a_plan():
     for method in TRAININGS:
         plan = make_plan("llama_130m", method, beside=())

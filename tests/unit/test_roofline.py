@@ -24,8 +24,8 @@ from crosslayer.accounting.rates import CALLS, Rates, device_and_rates, read_rat
 from crosslayer.accounting.roofline import predict_step
 from crosslayer.bench.contenders import Contenders
 from crosslayer.bench.device import measure_device, write_rates
-from crosslayer.bench.speed import training_step
 from crosslayer.errors import ConfigError
+from peak_memory import make_step
 
 ROOT = Path(__file__).parents[2]
 H100 = sheet_rates(DEVICES["h100"])
@@ -145,13 +145,15 @@ class Bytes(TorchDispatchMode):
 def test_bytes_are_those_of_a_step(name, dtype):
     contenders = Contenders(TINY, [name], dtype=dtype)
     model, ids = contenders.model(name), contenders.tokens(2, 100)
-    train = training_step(model, ids, precision=contenders.precision)
+    # The loss on whole logits: kernels within torch's chunked one are not seen.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    train = make_step(model, ids, optimizer, torch.bfloat16 if dtype == "mixed" else None)
     train()
     with Bytes() as counted:
         train()
     method = Method(recompute="layers") if "checkpointing" in name else method_of(model.config)
     precision = PRECISIONS[{"float32": "float32", "bfloat16": "bf16", "mixed": "bf16_autocast"}[dtype]]
-    step = Step(sequence=100, micro_batch=2, precision=precision, fused_norms=False)
+    step = Step(sequence=100, micro_batch=2, precision=precision, fused_norms=False, fused_loss=False)
     predicted = sum(times * each.moved for each, times in list_passes(Shape.of(model.config), step, method).items())
     assert predicted == pytest.approx(counted.moved, rel=0.1)
 
@@ -177,6 +179,23 @@ def test_seconds_by_hand():
     host = kernels * 1e-9 * (1 + CALLS["autograd"])
     assert sum(time.host.values()) == pytest.approx(host)
     assert time.seconds == pytest.approx(sum(time.by_part.values()) + host)
+
+
+def test_the_head_of_a_chunked_loss_on_a_cpu():
+    """Float32 whatever the dtype, four products instead of three with bf16 weights; elsewhere as any product."""
+    slow = {"rows": [1], "inner": [1], "outer": [1], "output": [1e6], "input": [1e6], "weights": [1e6]}
+    rates = flat_rates(products={"float32": slow, "bfloat16": flat_rates().products["bfloat16"]})
+    shape = Shape.of(TINY | {"model_type": "llama", "num_hidden_layers": 1})
+
+    def head(precision, kind="cpu", **given):
+        step = Step(sequence=1, micro_batch=4, precision=PRECISIONS[precision], **given)
+        operations = predict_step(shape, step, replace(rates, kind=kind), Method()).operations
+        return sum(each.seconds for each in operations if each.what == "head") / (2 * 4 * 128 * 500)
+
+    assert head("float32") == pytest.approx(3e-6)
+    assert head("bf16_autocast") == pytest.approx(3e-6)
+    assert head("bf16") == pytest.approx(4e-6)
+    assert head("bf16", fused_loss=False) == head("bf16", kind="cuda") == pytest.approx(3e-9)
 
 
 def test_an_accelerator_waits_for_the_longer_of_two():

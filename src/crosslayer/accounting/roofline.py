@@ -4,8 +4,9 @@
     attention     scores and values of one layer together, forward and backward
     passes        norms, gates, sums b Y, casts, loss, optimizer, from `list_passes`, by bytes
 
-Nothing of a model is written here: both lists go over the shapes that parameters, operations and bytes go over. What it
-leaves out: memory that is new to the process (page faults), the loader, logging.
+Nothing of a model is written here: both lists go over the shapes that parameters, operations and bytes go over. A
+chunked loss (torch's linear_cross_entropy) is float32 on a CPU whatever its dtype, and makes the logits of bf16 weights
+twice. What is left out: memory that is new to the process (page faults), the loader, logging.
 """
 
 from collections import Counter
@@ -110,6 +111,7 @@ def predict_step(config: Any, step: Step, rates: Rates, method: Method | None = 
 def _products(shape: Shape, step: Step, rates: Rates, method: Method) -> list[Operation]:
     dtype, n, split = step.precision.dtype, step.tokens, step.sharding.tensor
     counted = list_products(shape, step.sequence, method, tokens=n, tensor=split)
+    half = step.precision.products == 2 and not step.precision.is_autocast
     found: list[Operation] = []
     attention: dict[tuple[str, str], float] = {}
     for product, times in counted.items():
@@ -117,7 +119,10 @@ def _products(shape: Shape, step: Step, rates: Rates, method: Method) -> list[Op
             key = (product.phase, "backward" if product.phase == "backward" else "forward")
             attention[key] = attention.get(key, 0.0) + times * product.operations
         elif product.part != "carried":  # a pass
-            found.append(_product(product, times, n, rates, dtype))
+            in_chunks = product.part == "head" and rates.kind == "cpu" and step.fused_loss and split == 1
+            found.append(_product(product, times, n, rates, "float32" if in_chunks else dtype))
+            if in_chunks and half and product.phase == "forward":  # whose gradients wait for the backward
+                found.append(found[-1]._replace(phase="recompute"))
     layers, head_dim = shape.num_hidden_layers, shape.layers[0].attention.key_dim
     for (phase, direction), operations in attention.items():
         total = n * operations

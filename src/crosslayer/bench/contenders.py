@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from ..crnet import CRNetConfig, CRNetForCausalLM
+from ..crnet.loss import fused_cross_entropy
 from ..errors import ConfigError
 from ..methods import METHODS, check_method
 from ..private import model_from_config
@@ -25,7 +28,7 @@ class Setup:
 
     Args:
         model: "llama", or a `factorization` of CRNetConfig. Methods of one model share its weights.
-        policy: memory policy of CR-Net.
+        policy: memory policy of CR-Net or CoLA.
         checkpointing: whether whole layers are checkpointed.
     """
 
@@ -38,7 +41,9 @@ SETUPS = {
     "llama": Setup("llama"),
     "dense": Setup("dense"),
     "dense_checkpointing": Setup("dense", checkpointing=True),
-    "cola": Setup("cola"),
+    "cola": Setup("cola", policy="none"),
+    "cola_checkpointing": Setup("cola", policy="none", checkpointing=True),
+    "cola_invert": Setup("cola", policy="invert"),
     "low_rank": Setup("low_rank"),
     "crnet": Setup("cross_layer", policy="none"),
     "crnet_invert": Setup("cross_layer", policy="invert"),
@@ -47,9 +52,32 @@ SETUPS = {
 }
 """Method (crosslayer/methods.py) -> its setup."""
 
-DEFAULT_METHODS = [name for name in SETUPS if name != "low_rank"]
+DEFAULT_METHODS = [name for name in SETUPS if name not in ("cola_checkpointing", "cola_invert", "low_rank")]
 DTYPES = ("float32", "bfloat16", "mixed")
 """Weights and products in one type, or float32 weights under bf16 autocast."""
+
+
+LOSS = "by vocabulary chunks"
+"""How every contender takes its loss, as result files say; those that do not say it had whole logits."""
+
+
+class ChunkedLoss(nn.Module):
+    """A contender as it trains, transformers' Llama too: the loss by vocabulary chunks (crnet/loss.py), no logits.
+
+    Args:
+        model: a causal language model of Llama's parts, `model` and `lm_head`; it is not changed.
+    """
+
+    base_model_prefix = "model"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model, self.lm_head = model.model, model.lm_head
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **arguments: Any) -> CausalLMOutput:
+        """input_ids, labels [B, T] -> `loss`, a float32 number; no logits."""
+        hidden_states = self.model(input_ids=input_ids, **arguments).last_hidden_state
+        return CausalLMOutput(loss=fused_cross_entropy(hidden_states, self.lm_head, labels))
 
 
 class Contenders:
@@ -96,7 +124,7 @@ class Contenders:
         model = self._models[method.model].train()
         if method.policy is not None:
             model.set_recompute(method.policy, self._interval(method))
-        elif method.checkpointing != model.is_activation_checkpointing:
+        if method.checkpointing != model.is_activation_checkpointing:
             switch = "enable" if method.checkpointing else "disable"
             getattr(model, f"activation_checkpointing_{switch}")()
         return model
@@ -146,4 +174,4 @@ class Contenders:
             return model_from_config(model_class, self._config(name), attn_implementation=self.attention, dtype=dtype)
 
 
-__all__ = ["DEFAULT_METHODS", "DTYPES", "REFERENCE", "SETUPS", "Contenders", "Setup"]
+__all__ = ["DEFAULT_METHODS", "DTYPES", "LOSS", "REFERENCE", "SETUPS", "ChunkedLoss", "Contenders", "Setup"]

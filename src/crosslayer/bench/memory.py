@@ -5,7 +5,7 @@ from typing import Any
 from ..analysis import SavedActivations, measure_saved_activations
 from ..errors import ConfigError
 from ..methods import METHODS
-from .contenders import Contenders
+from .contenders import ChunkedLoss, Contenders
 from .rows import MemoryRow
 
 FLOAT32 = 4
@@ -31,7 +31,7 @@ def saved_by_depth(
         ids = contenders.tokens(batch, sequence)
         for name in methods:
             with contenders.precision():
-                found[name][layers] = measure_saved_activations(contenders.model(name), ids)
+                found[name][layers] = measure_saved_activations(ChunkedLoss(contenders.model(name)), ids)
     return found
 
 
@@ -39,7 +39,7 @@ def memory_rows(saved: dict[str, dict[int, SavedActivations]], hidden_size: int)
     """JSON of `saved_by_depth`: bytes per token, and growth per layer between the lowest and the highest depth.
 
     Growth is given in bytes per token and layer and, to compare with docs/memory.md, in float32 numbers of the
-    hidden size h. The head's share (logits and loss) is `elsewhere`.
+    hidden size h. The share of embeddings, head and loss is `elsewhere`.
     """
     rows: dict[str, MemoryRow] = {}
     for name, by_depth in saved.items():

@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from ..accounting import peak_flops
 from ..analysis import measure_peak_memory
 from ..private import attention_operations, fused_attention_on_cpu
 from ..workers import initialize_worker, without_interrupts
-from .contenders import REFERENCE, SETUPS, Contenders
+from .contenders import REFERENCE, SETUPS, ChunkedLoss, Contenders
 from .rows import GenerationRow, PeakRow, RelativeTiming, Timing, TrainingRow
 
 Step = Callable[[], Any]
@@ -78,17 +78,18 @@ def summarize(seconds: list[float], tokens: int) -> Timing:
 
 
 def training_step(
-    model: nn.Module,
+    model: PreTrainedModel,
     ids: torch.Tensor,
     optimizer: torch.optim.Optimizer | None = None,
     precision: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Step:
-    """Forward, loss on the logits (transformers' own), backward and optimizer; None: fused AdamW."""
+    """Forward, loss by vocabulary chunks (`ChunkedLoss`), backward and optimizer; None: fused AdamW."""
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    trained = ChunkedLoss(model)
 
     def step() -> None:
         with precision():
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = trained(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -160,12 +161,13 @@ def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, out
 def matrix_operations(model: nn.Module, ids: torch.Tensor) -> int:
     """Operations of a training step by torch's counter: backward twice the forward, recomputation not counted.
 
-    Attention counts as the full square, as on CUDA; torch's counter does not know the CPU's fused kernel by itself.
+    Attention counts as the full square, as on CUDA; torch's counter does not know the CPU's fused kernel by itself, nor
+    what is within a chunked loss: the logits of one sequence are made here, and counted for all.
     """
     known = {fused_attention_on_cpu()[0]: _attention}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
-        model(input_ids=ids, labels=ids, use_cache=False)
-    return 3 * counter.get_total_flops()
+        model(input_ids=ids[:1], use_cache=False)
+    return 3 * len(ids) * counter.get_total_flops()
 
 
 def training_rows(
@@ -246,16 +248,20 @@ def measure_generation(
     new_tokens: int = 64,
     turns: int = 8,
     warm_up: int = 2,
+    backend: str | None = None,
 ) -> dict[str, GenerationRow]:
     """Prefill of a prompt [batch, prompt] and greedy decode after it: {method: {"prefill": row, "decode": row}}.
 
     Decode runs one forward for each token of the batch, with transformers' DynamicCache and argmax; a turn is
-    `new_tokens` of them. How a model trains makes no difference here: one method for each model is measured.
+    `new_tokens` of them. How a model trains makes no difference here: one method for each model is measured. With a
+    `backend` of torch.compile the cache is a StaticCache and the forward of a token is compiled, with "inductor" into
+    CUDA graphs; prefill is not.
     """
     ids = contenders.tokens(batch, prompt)
-    runs = {name: _Generation(contenders, name, ids, new_tokens) for name in _one_for_each_model(contenders.methods)}
+    make = _Generation if backend is None else partial(_StaticGeneration, backend=backend)
+    runs = {name: make(contenders, name, ids, new_tokens) for name in _one_for_each_model(contenders.methods)}
     clock = partial(take_turns, turns=turns, warm_up=warm_up, device=contenders.device)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: a compiled step could not write into the cache
         prefill = clock({name: run.prefill for name, run in runs.items()})
         decode = clock({name: run.decode for name, run in runs.items()}, before=lambda name: runs[name].prefill())
     reference = REFERENCE if REFERENCE in runs else next(iter(runs))
@@ -275,10 +281,10 @@ def measure_generation(
 
 
 def measure_memory(contenders: Contenders, ids: torch.Tensor) -> dict[str, PeakRow]:
-    """Peak memory of a training step by part: {method: bytes}, in one step of AdamW."""
+    """Peak memory of a training step by part: {method: bytes}, in one step of AdamW, the loss by vocabulary chunks."""
     rows: dict[str, PeakRow] = {}
     for name in contenders.methods:
-        model = contenders.model(name)
+        model = ChunkedLoss(contenders.model(name))
         with contenders.precision():
             rows[name] = cast(PeakRow, measure_peak_memory(model, ids).to_dict())
     return rows
@@ -308,6 +314,31 @@ class _Generation:
             for _ in range(self.new_tokens):
                 output = self.model(input_ids=self.next, past_key_values=self.cache, use_cache=True)
                 self.next = output.logits.argmax(-1)
+
+
+class _StaticGeneration(_Generation):
+    """The same with a StaticCache, and a compiled forward for each token."""
+
+    def __init__(self, contenders: Contenders, name: str, ids: torch.Tensor, new_tokens: int, backend: str) -> None:
+        super().__init__(contenders, name, ids, new_tokens)
+        self.cache = StaticCache(config=self.model.config, max_cache_len=ids.shape[1] + new_tokens)
+        mode = "reduce-overhead" if backend == "inductor" else None
+        self.step = torch.compile(self.model, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+
+    def prefill(self) -> None:
+        self.cache.reset()
+        with self.precision():
+            output = self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.next = output.logits.argmax(-1)
+        self.position = torch.full((1, 1), self.ids.shape[1], device=self.ids.device)
+
+    def decode(self) -> None:
+        with self.precision():
+            for _ in range(self.new_tokens):
+                torch.compiler.cudagraph_mark_step_begin()  # what the step before gave is no longer needed
+                given = {"position_ids": self.position, "past_key_values": self.cache, "use_cache": True}
+                self.next = self.step(input_ids=self.next, **given).logits.argmax(-1)
+                self.position = self.position + 1
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:

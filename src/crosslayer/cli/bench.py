@@ -22,7 +22,9 @@ def choose(context: typer.Context) -> None:
     help_without_arguments(context)
 
 
-Methods = Annotated[str | None, typer.Option(help="Comma-separated; see the list below [default: all but the last].")]
+Methods = Annotated[
+    str | None, typer.Option(help="Comma-separated; see the list below [default: all but the last three].")
+]
 VocabSize = Annotated[int, spelled("vocab_size", "Vocabulary.")]
 HiddenSize = Annotated[int, spelled("hidden_size", "Width h.")]
 IntermediateSize = Annotated[int | None, spelled("intermediate_size", "Width of the MLP [default: 2.69 h].")]
@@ -37,7 +39,7 @@ Sequence = Annotated[int, typer.Option(help="Tokens in a sequence.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or mixed: float32 weights under bf16 autocast.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 METHODS_HELP = """Methods: llama (transformers' own, always among them), dense, dense_checkpointing, cola, crnet (policy
-none), crnet_invert, crnet_replay, crnet_reversible, low_rank."""
+none), crnet_invert, crnet_replay, crnet_reversible; cola_checkpointing, cola_invert, low_rank."""
 
 
 @bench.command(epilog=METHODS_HELP)
@@ -137,7 +139,7 @@ def speed(
     if "memory" in chosen:
         result["memory"] = measure_memory(contenders, ids)
     if "generation" in chosen:
-        lengths = {"batch": decode_batch, "prompt": prompt, "new_tokens": new_tokens}
+        lengths: dict[str, Any] = {"batch": decode_batch, "prompt": prompt, "new_tokens": new_tokens}
         result["generation"] = measure_generation(contenders, **lengths, turns=turns, warm_up=warm_up)
     if as_json:
         what = "tokens per second, interleaved in one process: medians, 20th and 80th percentile"
@@ -221,11 +223,13 @@ def _contenders(
 
 
 def _context(what: str, contenders: "Contenders", batch: int, sequence: int) -> dict[str, Any]:
+    from ..bench.contenders import LOSS
     from ..provenance import describe_run
 
     return {
         "what": what,
         "run": describe_run(),
+        "loss": LOSS,
         "shape": {**contenders.shape, "batch": batch, "sequence": sequence},
         "device": contenders.device,
         "dtype": contenders.dtype,

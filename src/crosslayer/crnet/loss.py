@@ -7,6 +7,9 @@ from torch import nn
 
 from .cross_layer_linear import is_watched
 
+FLOAT32_CHUNKS = ("cpu",)
+"""Where torch multiplies chunks in float32 whatever their dtype, so that under autocast they better stay in it."""
+
 
 def fused_cross_entropy(
     hidden_states: torch.Tensor,
@@ -28,17 +31,15 @@ def fused_cross_entropy(
     target = shift_labels.reshape(-1).to(hidden_states.device)
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     if _takes_chunks(lm_head):
+        weight, kind, options = lm_head.weight, flat.device.type, nn.LinearCrossEntropyOptions()
+        autocasts = torch.is_autocast_enabled(kind)
+        if autocasts and kind not in FLOAT32_CHUNKS:  # torch's chunks do not know autocast
+            flat, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (flat, weight))
+            autocasts = False
         # Per-token losses of half-precision models are summed in float32: torch's own sum comes back in bfloat16.
-        half = flat.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(flat.device.type)
-        loss = nn.functional.linear_cross_entropy(
-            flat,
-            lm_head.weight,
-            target,
-            linear_bias=lm_head.bias,
-            ignore_index=ignore_index,
-            reduction="none" if half else "sum",
-            options=nn.LinearCrossEntropyOptions(),
-        )
+        half = flat.dtype in (torch.float16, torch.bfloat16) and not autocasts
+        given = {"linear_bias": lm_head.bias, "ignore_index": ignore_index, "reduction": "none" if half else "sum"}
+        loss = nn.functional.linear_cross_entropy(flat, weight, target, **given, options=options)
         loss = loss.float().sum() if half else loss
     else:
         loss = nn.functional.cross_entropy(lm_head(flat).float(), target, ignore_index=ignore_index, reduction="sum")

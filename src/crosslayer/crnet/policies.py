@@ -35,7 +35,7 @@ class Policy:
         if asked is None and self.name == "replay":
             return max(1, math.isqrt(max(layers - 2, 0)) + 1)  # about sqrt(L): N states replayed, L / N kept
         if asked is None and self.name == "reversible":
-            return DEFAULT_REVERSIBLE_INTERVAL
+            return min(DEFAULT_REVERSIBLE_INTERVAL, layers)
         return asked
 
     def keeps_state(self, asked: int | None, layers: int, layer_idx: int) -> bool:
