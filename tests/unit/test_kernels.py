@@ -1,9 +1,11 @@
 """Where a model with a memory policy is compiled, its blocks' functions are compiled one by one: the same gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from crosslayer.crnet import kernels
+from crosslayer.crnet import kernels, local_functions
 from crosslayer.crnet.functions import Attention, CarriedRMSNorm, GatedMLP
 from crosslayer.crnet.model import CrossLayerModel
 from family_cases import FAMILY_CASES
@@ -176,3 +178,26 @@ def test_where_it_can():
     assert torch.addmm(wide, narrow, narrow.t(), torch.float32, beta=0.5, alpha=-1.0, out=wide) is wide
     assert not kernels.adds_wide("cpu", torch.bfloat16)
     assert not kernels.adds_wide("meta", torch.bfloat16)  # no answer to look at
+
+
+def test_norms_of_an_accelerator(monkeypatch):
+    """There a norm is run by torch's own kernel, under a graph of its own: the same gradients."""
+    model = model_of("gqa", num_hidden_layers=3, recompute="invert").train()
+    expected = gradients_of(model, tokens())
+    kept = local_functions.CLOSED_FORMS.copy()
+    made = []
+    for kind, form in kept.items():
+        monkeypatch.setitem(
+            local_functions.CLOSED_FORMS, kind, lambda *given, form=form: made.append(form) or form(*given)
+        )
+    monkeypatch.setattr(local_functions, "GateGradient", local_functions.CLOSED_FORMS[GatedMLP])
+    run_function = local_functions.run_function
+
+    def on_accelerator(name, module, inputs, arguments, parameters, strays, call, waits=False):
+        there = replace(call, device_type="cuda")
+        there.autocast = call.autocast
+        return run_function(name, module, inputs, arguments, parameters, strays, there, waits)
+
+    monkeypatch.setattr("crosslayer.crnet.block_gradient.run_function", on_accelerator)
+    assert_all_close(gradients_of(model, tokens()), expected)
+    assert set(made) == {kept[GatedMLP]}

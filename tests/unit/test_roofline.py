@@ -471,18 +471,18 @@ def test_what_the_page_says(script):
     layer = cells_of(script.per_layer())
     dense, crnet = layer["dense"], layer["CR-Net, none"]
     assert round(crnet[0] / dense[0], 2) == 0.42
-    assert round(crnet[-1] / dense[-1], 1) == 1.7
+    assert round(crnet[-1] / dense[-1], 1) == 1.5
     assert round(crnet[5] / crnet[-1], 2) == 0.24
-    assert round(1e3 * (crnet[0] + crnet[1]) / crnet[-1], -1) == 90
+    assert round(1e3 * (crnet[0] + crnet[1]) / crnet[-1], -1) == 100
     ranks = cells_of(script.ranks())
     quarter, eighth, sixteenth = (ranks[f"{rank} (h / {2048 // rank})"] for rank in (512, 256, 128))
     halved = [fast / slow for fast, slow in zip(eighth, quarter, strict=True)]
     assert 1.25 < halved[-1] < 1.35
-    assert [round(min(halved[:3]), 2), round(max(halved[:3]), 2)] == [1.08, 1.11]
+    assert [round(min(halved[:3]), 2), round(max(halved[:3]), 2)] == [1.09, 1.12]
     again = [fast / slow for fast, slow in zip(sixteenth[:3], eighth[:3], strict=True)]
     assert [round(min(again), 2), round(max(again), 2)] == [1.03, 1.05]
     carries = cells_of(script.carries())
     narrow, wide = carries["bf16 weights and carry"], carries["bf16 weights, float32 carry"]
-    assert all(1.3 < fast / slow < 1.5 for fast, slow in zip(narrow, wide, strict=True))
+    assert all(1.25 < fast / slow < 1.45 for fast, slow in zip(narrow, wide, strict=True))
     shares = script.bound().splitlines()
     assert all(float(share) > 50 for share in re.findall(r"/ (\d+)\)", shares[6])[:3]), "passes"

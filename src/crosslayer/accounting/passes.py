@@ -41,7 +41,7 @@ class Pass(NamedTuple):
 
 # (tensors read and written, kernels), each tensor as wide as what the function reads.
 NORM = {"closed": ((7, 6), (13, 8)), "fused": ((2, 1), (3, 2)), "unfused": ((7, 6), (23, 16))}
-"""Forward and backward of a norm: `RMSNormGradient`; CUDA's `rms_norm`; a CPU's, taken apart by autograd."""
+"""Forward and backward of a norm: `RMSNormGradient`, on a CPU; CUDA's `rms_norm`; a CPU's, taken apart by autograd."""
 ROTATION = ((10, 10), (15, 18))
 """transformers' `apply_rotary_pos_emb`, x cos + (-x_2, x_1) sin, forward and backward, of queries and keys."""
 TURN = (7, 10)
@@ -191,12 +191,15 @@ class _Block:
         """Functions, then the positions; what the policy runs again is the phase recompute."""
         c, w, policy = self.c, self.w, self.policy
         assert policy is not None
+        kind = "fused" if self.step.fused_norms else "closed"
         for width, _ in self.norm_groups():
             for phase in ("forward", "backward"):
-                yield self.function(phase, "norm", width, NORM["closed"][0], c)
+                yield self.function(phase, "norm", width, NORM[kind][0], c)
                 if w < c:  # what it gives; the gradient that it gets
                     yield self.over(phase, "cast", width, c, w)
-            yield self.function("backward", "norm", width, NORM["closed"][1], c)
+            yield self.function("backward", "norm", width, NORM[kind][1], c)
+            if kind == "fused":  # added to the gradient of h; the closed form does it on the way
+                yield self.over("backward", "residual", width, c, c, c)
             if w < c:
                 yield self.over("backward", "cast", width, w, c)
         for phase in ("forward", "backward", "backward"):
@@ -213,8 +216,10 @@ class _Block:
         linear, policy, F, p, w, c = self.layer.linears[name], self.policy, self.width[name], self.p, self.w, self.c
         assert policy is not None
         y = c if linear.carries else p
-        # The product adds to b Y_{l-1}, which a CPU scales ahead of it; one of another dtype is written by itself.
-        summed = (p, c, c) if p != c else (c,) if self.step.fused_norms else (c, c)
+        # A CPU's product adds to b Y_{l-1}, scaled ahead of it; one of another dtype is written by itself. An
+        # accelerator's reads Y_{l-1}, and writes a sum as wide as that.
+        on_accelerator = self.step.fused_norms
+        summed = (c, *[c - p] * (p != c)) if on_accelerator else (c, c) if p == c else (p, c, c)
         rebuilds = linear.builds and (policy.inverts or not at_hand)
         # Forward
         if linear.builds:
@@ -249,7 +254,7 @@ class _Block:
         if rebuilds:
             yield from self.autocasts("recompute", name, slice(None if not policy.keeps_low_rank else -1, None))
             yield self.over("recompute", "carried", F, *summed, operations=2)
-            if policy.inverts and p != c:
+            if policy.inverts and p != c and not on_accelerator:
                 yield self.over("recompute", "carried", F, c, c)
             if policy.inverts and kept_below:
                 yield self.over("recompute", "carried", F, *[c] * DRIFT, kernels=3)

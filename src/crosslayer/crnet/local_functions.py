@@ -1,6 +1,7 @@
 """A block's functions under a memory policy: their outputs, and their gradients, layer by layer.
 
     norm        x = w h / rms(h)          dh = (w dx - h <w dx, h> / (D rms^2)) / rms    dw = sum_tokens dx h / rms
+                (on a CPU; an accelerator's own kernel goes over h once)
     gate        g = silu(gate) up         d_up = dg silu(gate)       d_gate = dg up silu'(gate)
     attention   a graph of its own, of which only what the core saves may wait for the backward
     all else    a graph of its own: slower, never wrong
@@ -176,10 +177,10 @@ def run_function(
     activation = getattr(module, "act_fn", None)
     is_known = activation is None or (type(activation) in SILU and not is_watched(activation))
     if closed_form is not None and is_known and not is_watched(module) and is_plain(parameters):
-        if not call.compiles:
+        if call.compiles:
+            return LocalGraph(partial(compiled(type(module).forward), module), inputs, parameters, waits)
+        if call.device_type == "cpu" or closed_form is GateGradient:  # an accelerator's norm is one kernel
             return closed_form(name, module, inputs, call.scratch)
-        forward = partial(compiled(type(module).forward), module)
-        return LocalGraph(forward, inputs, parameters, waits)
     with call.autocast():
         parameters = parameters | strays
         if is_split(module):
