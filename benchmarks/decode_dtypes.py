@@ -4,9 +4,9 @@
     ONEDNN_MAX_CPU_ISA=AVX512_CORE python benchmarks/decode_dtypes.py    # as on a CPU without bfloat16 products
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/decode_dtypes.py
 
-Random weights and tokens: time depends on shapes alone. Both dtypes take turns within one process; a turn is one decoded
-text from its prompt on, and seconds are of the process, so that other work on the machine counts less. A section of the
-result for each instruction set that oneDNN may use.
+Random weights and tokens: time depends on shapes alone. Both dtypes take turns within one process, a decoded text each.
+Seconds are of the process, so that other work on the machine counts less. A section of the result for each instruction
+set that oneDNN may use.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from result_file import ResultFile
 
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
 from crosslayer.private import model_from_config
+from result_file import ResultFile
 
 SHAPE = {
     "vocab_size": 1024,

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-from result_file import ResultFile
 
 import crosslayer.train.attention  # noqa: F401, registers sdpa_documents
 from crosslayer.crnet import CRNetConfig, CRNetForCausalLM
 from crosslayer.private import model_from_config
+from result_file import ResultFile
 
 SHAPE = {
     "vocab_size": 1024,

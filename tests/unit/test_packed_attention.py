@@ -1,6 +1,7 @@
 """Documents packed into one row, under every attention and every memory policy: apart, read once, without a mask."""
 
 import copy
+import itertools
 from functools import partial
 from types import SimpleNamespace
 
@@ -69,11 +70,12 @@ class FlashStandIn:
 
     def by_length(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **given):
         assert type(max_seqlen_q) is int  # a tensor would be read by every layer
-        assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q is cu_seqlens_k
+        assert cu_seqlens_q.dtype == torch.int32
+        assert cu_seqlens_q is cu_seqlens_k
         self.lengths.append((cu_seqlens_q, max_seqlen_q))
         bounds = cu_seqlens_q.numpy()
         assert max_seqlen_q == max_seqlen_k == (bounds[1:] - bounds[:-1]).max()
-        pairs = zip(bounds[:-1], bounds[1:], strict=True)
+        pairs = itertools.pairwise(bounds)
         return torch.cat([self.whole(q[None, a:b], k[None, a:b], v[None, a:b], **given)[0] for a, b in pairs])
 
 
@@ -216,7 +218,7 @@ def test_what_is_installed_decides(installed):
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    ("given", "message"),
     [
         ({"asked": "flex_attention"}, "no backward on a CPU"),
         ({"asked": "flash_attention_2"}, "runs on CUDA, and this is cpu"),

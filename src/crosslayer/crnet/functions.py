@@ -155,7 +155,7 @@ class Attention(nn.Module):
         )
         arguments |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         attended, weights = attend(self, query, key, value, attention_mask, **arguments)
-        return attended.reshape(*attended.shape[:2], -1).contiguous(), weights
+        return attended.reshape(query.shape[0], query.shape[2], -1).contiguous(), weights
 
     def forward(self, *outputs: torch.Tensor, **arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Y of the positions that it reads, [B, T, F] each -> (attended [B, T, heads * head_dim], weights or None)."""
