@@ -2,10 +2,12 @@
 installed (docs/inference.md)."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +17,7 @@ from crosslayer.loading import load_saved
 from crosslayer.train.run import pretrain
 from device_reads import Reads
 from family_cases import FAMILY_CASES
+from model_cases import model_of
 from tiny_run import tiny_recipe
 
 # vLLM's Transformers backend, in its own words "writing custom models": kwargs reach the attention, which asks
@@ -113,6 +116,47 @@ def test_a_backend_that_brings_attention_and_linears(name, backend, tmp_path):
 
     run((0, 0), (7, 5))  # prompts of both
     run((7, 5), (8, 6))  # one token more of each
+
+
+def test_trl_packs_documents_that_stay_apart(tmp_path):
+    """What SFTTrainer's collator makes of packed texts is what a CR-Net takes for documents, and it trains on them."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(["[PAD]", "[BOS]", "[EOS]", *(f"w{n}" for n in range(50))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    texts = [" ".join(f"w{(start + step) % 50}" for step in range(3 + start % 6)) for start in range(24)]
+    arguments = trl.SFTConfig(
+        str(tmp_path),
+        packing=True,
+        max_length=16,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+    )
+    trainer = trl.SFTTrainer(
+        model_of("gqa", recompute="invert"),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
+    assert len(starts) > 3
+    given = {name: value for name, value in batch.items() if name not in ("labels", "input_ids")}
+    with torch.no_grad():
+        packed = trainer.model.eval()(input_ids=ids, use_cache=False, **given).logits[0]
+        alone = [trainer.model(ids[:, a:b]).logits[0] for a, b in pairwise(starts)]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert trainer.train().training_loss > 0
 
 
 TASK = """\
