@@ -58,9 +58,6 @@ NOT_RUN = {
     "pip install 'transformers[serving]'": EXTRA,
     "crosslayer serve runs/crnet_5m_text --port 8000": "does not end",
     "pip install lm-eval": EXTRA,
-    "lm-eval run --model hf --model_args pretrained=runs/crnet_5m_text/model,trust_remote_code=True --tasks arc_easy "
-    "--device cpu": HUB,
-    "vllm serve runs/crnet_5m_text/model --model-impl transformers --trust-remote-code --dtype float32": EXTRA,
     "make pretrain": CHECKOUT,
     "make test": CHECKOUT,
     "python benchmarks/memory.py": CHECKOUT,
