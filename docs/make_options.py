@@ -86,7 +86,9 @@ MODELS = """\
 The section `model` of a recipe to pre-train, and the arguments of `CRNetConfig` and its kin: CR-Net's own fields, and
 those of the family. In a recipe `base` gives family and shape (a name on the hub, a folder, or a mapping of fields with
 `model_type`; without it the family is Llama), `vocab_size` and special tokens come from the tokenizer, and `recompute`
-also takes `auto`, the fastest policy that fits the device.
+also takes `auto`, the fastest policy that fits the device. A recipe alone has `attn_implementation`: `auto` (the
+default), `sdpa`, `eager`, `sdpa_documents`, `flex_attention`, `flash_attention_2` or `flash_attention_3`
+([pretraining.md](pretraining.md#attention)).
 """
 
 VERBS = """\

@@ -122,6 +122,25 @@ def test_low_rank_cache(script, tmp_path, monkeypatch, capsys):
     assert "| 8 |" in capsys.readouterr().out
 
 
+def test_decode_dtypes(script, tmp_path, monkeypatch, capsys):
+    benchmark, out = script("decode_dtypes"), tmp_path / "d.json"
+    monkeypatch.setattr(benchmark, "SHAPE", benchmark.SHAPE | TINY)
+    call(benchmark, monkeypatch, "--batches", 1, 3, "--turns", 2, "--steps", 2, "--out", out)
+    (section,) = json.loads(out.read_text())["sections"].values()
+    assert [set(row["step_ms"]) for row in section["batches"].values()] == 2 * [{"float32", "bfloat16"}]
+    assert "| 3 |" in capsys.readouterr().out
+
+
+def test_packed_attention(script, tmp_path, monkeypatch, capsys):
+    benchmark, out = script("packed_attention"), tmp_path / "p.json"
+    monkeypatch.setattr(benchmark, "SHAPE", benchmark.SHAPE | TINY)
+    call(benchmark, monkeypatch, "--lengths", 16, "--mean", 5, "--turns", 2, "--out", out)
+    section = json.loads(out.read_text())["sections"]["16"]
+    assert section["documents"] > 1
+    assert section["step_s"].keys() == {"sdpa", "sdpa_documents"}
+    assert "| 16 |" in capsys.readouterr().out
+
+
 # memory
 
 

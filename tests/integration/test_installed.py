@@ -57,6 +57,7 @@ NOT_RUN = {
     "crosslayer evaluate runs/crnet_5m_text --quantize int8": EXTRA,
     "pip install 'transformers[serving]'": EXTRA,
     "crosslayer serve runs/crnet_5m_text --port 8000": "does not end",
+    "pip install lm-eval": EXTRA,
     "make pretrain": CHECKOUT,
     "make test": CHECKOUT,
     "python benchmarks/memory.py": CHECKOUT,

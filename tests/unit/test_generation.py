@@ -56,6 +56,19 @@ def test_cached_logits(case):
         assert_close(torch.cat(pieces, 1), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("case", ["cross_layer", "cola", "bias"])
+def test_decoding_in_bfloat16(case, rows):
+    """Token by token as in one piece, and both near float32; a single row of float32 takes another way than this."""
+    exact, model, ids = generator_of(case), generator_of(case, dtype=torch.bfloat16), tokens(rows, 8)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        steps = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(ids.shape[1])]
+        expected = exact(ids, use_cache=False).logits
+        assert_close(torch.cat(steps, 1).float(), expected, torch.bfloat16)
+        assert_close(model(ids, use_cache=False).logits.float(), expected, torch.bfloat16)
+
+
 def test_a_cache_is_made_on_request():
     model = generator_of("cross_layer")
     output = model(tokens(), use_cache=True)

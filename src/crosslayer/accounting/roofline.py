@@ -122,7 +122,7 @@ def _products(shape: Shape, step: Step, rates: Rates, method: Method) -> list[Op
             in_chunks = product.part == "head" and rates.kind == "cpu" and step.fused_loss and split == 1
             found.append(_product(product, times, n, rates, "float32" if in_chunks else dtype))
             if in_chunks and half and product.phase == "forward":  # whose gradients wait for the backward
-                found.append(found[-1]._replace(phase="recompute"))
+                found.append(Operation("recompute", *found[-1][1:]))
     layers, head_dim = shape.num_hidden_layers, shape.layers[0].attention.key_dim
     for (phase, direction), operations in attention.items():
         total = n * operations

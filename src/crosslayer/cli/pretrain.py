@@ -97,6 +97,7 @@ def show_plan(plan: "Plan") -> None:
         ("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens = {plan.tokens / 1e6:,.1f}M tokens"),
         ("operations", f"{plan.flops_per_token * plan.tokens:.2e} ({plan.flops_per_token:,} per token)"),
         ("recompute", plan.recompute),
+        ("attention", plan.attention),
         ("memory, estimated", f"{estimate:,.0f} MiB: {parts}"),
     ]
     print_summary(plan.recipe, rows, frame=False)

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, default_data_collator
 from ..accounting import count_parameters, estimate_memory, training_flops_per_token
 from ..data import prepare_data
 from ..errors import TrainingError
+from ..train.attention import attention_of
 from ..train.memory import training_method, training_step
 from ..train.progress import LogLines
 from ..train.recipe import build_recipe
@@ -119,7 +120,7 @@ def run_once(job: Job, folder: Path) -> RunResult:
     with tempfile.TemporaryDirectory() as unused:
         arguments = build_arguments(recipe, Path(unused))
         trainer = PretrainTrainer(
-            model=build_model(config, job.seed),
+            model=build_model(config, job.seed, attention_of(recipe, config, arguments)[0]),
             args=arguments,
             train_dataset=training_rows(prepared.train, arguments),
             eval_dataset=_first(prepared.validation, job.validation_blocks),

@@ -6,6 +6,7 @@ batch, tokens, hidden size; F the output width of a position.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,21 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 def carry_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which hidden states and carried outputs travel: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@torch.compiler.disable
+def lengths_of_documents(position_ids: torch.Tensor) -> dict[str, Any]:
+    """What FlashAttention wants to know of documents that restarts in position_ids [B, T] tell apart.
+
+    Read from the device once, for all layers. (transformers looks for restarts in every layer, and only where there is
+    a single row: in several, documents would see each other.)
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff() != 1
+    bounds = [*starts.flatten().cpu().numpy().nonzero()[0].tolist(), starts.numel()]
+    lengths, longest = torch.tensor(bounds, dtype=torch.int32), max(end - start for start, end in pairwise(bounds))
+    lengths = lengths.to(position_ids.device, non_blocking=True)
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
 class CarriedRMSNorm(nn.Module):
@@ -137,17 +153,9 @@ class Attention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attended, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **arguments,
-        )
-        return attended.reshape(*attended.shape[:2], -1).contiguous(), weights
+        arguments |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        attended, weights = attend(self, query, key, value, attention_mask, **arguments)
+        return attended.reshape(query.shape[0], query.shape[2], -1).contiguous(), weights
 
     def forward(self, *outputs: torch.Tensor, **arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Y of the positions that it reads, [B, T, F] each -> (attended [B, T, heads * head_dim], weights or None)."""

@@ -22,13 +22,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .block import CrossLayerBlock
 from .cross_layer_linear import CrossLayerLinear, LowRankLinear
 from .drift import DriftMeter
-from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm, carry_dtype
+from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm, carry_dtype, lengths_of_documents
 from .local_graph import Call
 from .loss import fused_cross_entropy
 from .policies import current_name
@@ -229,20 +229,25 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         if use_cache and past_key_values is None and self._policy() not in (None, "none") and self._trains():
             logger.warning_once(f"A cache does not go with recompute={self._policy()!r}. Setting `use_cache=False`.")
             use_cache = False
+        seen_by_layers: torch.Tensor | None = position_ids
+        if is_flash_attention_requested(self.config):  # has no masks, and would read the positions in every layer
+            if given_positions is not None and attention_mask is past_key_values is kwargs.get("cu_seq_lens_q") is None:
+                kwargs |= lengths_of_documents(given_positions.expand(len(inputs_embeds), -1))
+            seen_by_layers = given_positions = None
         # Before a cache of our own is made: an empty one has the same mask, but hides packed documents from it.
         masks = attention_mask
         if not isinstance(attention_mask, dict):  # `generate` may have made them
             masks = create_masks_for_generate(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                self.config,
+                inputs_embeds,
+                attention_mask,
                 past_key_values=past_key_values,
                 position_ids=given_positions,
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        shared = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        shared = {"position_ids": seen_by_layers, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
         by_kind = {"attention_mask": masks, "position_embeddings": self.rotations(inputs_embeds, position_ids)}
         layers = list(self.blocks)[: self.config.num_hidden_layers]
         kinds = [self.config.layer_kind(index) for index in range(len(layers))]
@@ -285,9 +290,8 @@ class CrossLayerModel(CrossLayerPreTrainedModel):
         policy = self._policy()
         if policy is None or not self._trains() or past_key_values is not None:
             return False
-        if policy == "none" and self._checkpoints():  # whole layers, where nothing is carried
-            return False
-        if policy == "none" and torch.compiler.is_compiling():  # plain autograd makes one graph of it
+        # Whole layers where nothing is carried; and plain autograd makes one graph of it.
+        if policy == "none" and (self._checkpoints() or torch.compiler.is_compiling()):
             return False
         if torch._C._are_functorch_transforms_active():  # torch.func differentiates operations, not our Function
             return False
@@ -401,13 +405,7 @@ class CrossLayerForCausalLM(CrossLayerPreTrainedModel, GenerationMixin):
 
     def output(self, outputs: BaseModelOutputWithPast, loss, logits, **arguments) -> CausalLMOutputWithPast:
         """What `forward` returns. `arguments` has the attention mask, for families that add a loss of their own."""
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
 
 class CrossLayerForSequenceClassification(CrossLayerPreTrainedModel):

@@ -23,6 +23,9 @@ from ..ranges import (
     whole,
 )
 
+ATTENTIONS = ("auto", "sdpa", "eager", "sdpa_documents", "flex_attention", "flash_attention_2", "flash_attention_3")
+"""Told apart in attention.py."""
+
 INTERVAL = where("a whole number of at least 1, or a share in (0, 1)", lambda x: 0 < x < 1 or x == int(x) >= 1)
 STEPS = where("a whole number of at least 1, or -1 for num_train_epochs", lambda x: x == -1 or x == int(x) >= 1)
 WARMUP = where("a whole number of steps, or a share in [0, 1)", lambda x: 0 <= x < 1 or x == int(x) >= 1)
@@ -97,6 +100,7 @@ MODEL = {
     **dict.fromkeys(("initializer_range", "rms_norm_eps", "beta_epsilon"), ABOVE_0),
     "num_hidden_layers": whole(1, 2**14, "a whole number from 1 to 16384"),
     "attention_dropout": SHARE,
+    "attn_implementation": one_of(ATTENTIONS),
     "base": Range("a name, a folder or the fields of a configuration", lambda value: isinstance(value, str | Mapping)),
     "dtype": one_of(("float32", "bfloat16", "float16", "float64")),
     **dict.fromkeys(("attribute_map", "id2label", "label2id"), Range("a mapping", lambda v: isinstance(v, Mapping))),

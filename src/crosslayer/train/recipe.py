@@ -281,7 +281,9 @@ def field_types(kind: type[_AnyRecipe], section: str) -> dict[str, Any]:
         from ..crnet.families import FAMILIES, config_class, field_names
 
         # Checked by the configuration of the family; hints of transformers' base class cannot be resolved at run time.
-        return dict.fromkeys({"base"}.union(*(field_names(config_class(family)) for family in FAMILIES)), Any)
+        return dict.fromkeys(
+            {"base", "attn_implementation"}.union(*(field_names(config_class(family)) for family in FAMILIES)), Any
+        )
     if owner is None:
         from transformers import TrainingArguments
 

@@ -62,6 +62,9 @@ _OF_SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "wa
 SPELLINGS = {("data", "data"), ("data", "validation_data"), ("data", "tokenizer"), ("recipe", "model")}
 """Where files lie; that they hold the same is told by fingerprints."""
 
+FREE = {("model", "attn_implementation")}
+"""What changes how a model is computed, and not what it is."""
+
 PLACES = {*SPELLINGS, ("model", "base")}
 """What may be a path: the same place by any spelling is the same value."""
 
@@ -73,7 +76,7 @@ def check_same_run(
     output_dir: Path,
     has_fingerprints: bool = False,
 ) -> list[str]:
-    """What differs in the given sections of two recipes and may: with fingerprints, how a place is spelled.
+    """What differs in the given sections of two recipes and may: attention, and with fingerprints a place's spelling.
 
     Raises ConfigError where anything else differs.
     """
@@ -85,7 +88,7 @@ def check_same_run(
         and not ((section, name) in PLACES and _is_same_place(now[section].get(name), earlier[section].get(name)))
     ]
     values = [(f"{s}.{n}={now[s].get(n)!r}".removeprefix("recipe."), repr(earlier[s].get(n))) for s, n in differ]
-    if not (has_fingerprints and set(differ) <= SPELLINGS) and differ:
+    if not set(differ) <= FREE | (SPELLINGS if has_fingerprints else set()):
         changed = "; ".join(f"{value}, was {before}" for value, before in values)
         raise ConfigError(
             f"{output_dir} cannot be resumed with another model or other data ({changed}); give the same, or another "

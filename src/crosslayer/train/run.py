@@ -29,6 +29,7 @@ from ..errors import CheckpointError, ConfigError, CrossLayerError, TrainingErro
 from ..loading import MODEL_FOLDER, has_model, load_saved
 from ..provenance import describe_run
 from .arguments import check_metric, describe_device, nothing_left_behind, training_arguments
+from .attention import ATTENTION, attention_of
 from .callbacks import EvaluateAtTheEnd
 from .memory import choose_recompute, training_method, training_step
 from .optimizers import check_optim, is_own
@@ -83,6 +84,7 @@ class Plan:
     flops_per_token: int
     estimated_memory_bytes: dict[str, int]
     recompute: str
+    attention: str
     train_blocks: int | None
     block_size: int
     tokens_per_step: int
@@ -97,7 +99,7 @@ def build_model_config(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | Non
 
     Raises ConfigError for a configuration that cannot be built, and for a `vocab_size` below the tokenizer's.
     """
-    settings = dict(recipe.model)
+    settings = {name: value for name, value in recipe.model.items() if name != ATTENTION}
     if settings.get("recompute") == AUTO:  # decided by `pretrain`, once device and batch are known
         settings["recompute"] = "none"
         if settings.get("recompute_interval") is not None:
@@ -163,12 +165,12 @@ def default_training(recipe: Recipe) -> dict[str, Any]:
     return defaults
 
 
-def build_model(config: Any, seed: int) -> Any:
+def build_model(config: Any, seed: int, attention: str = "sdpa") -> Any:
     """A freshly initialised model, the same for the same seed, that takes its loss without materialising logits."""
     from transformers import AutoModelForCausalLM, set_seed
 
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.fused_loss = True
     return model
 
@@ -206,6 +208,7 @@ def make_plan(
             config, training_step(recipe, arguments), training_method(config, arguments)
         ),
         recompute=recompute or config.recompute,
+        attention="{}: {}".format(*attention_of(recipe, config, arguments)),
         train_blocks=blocks,
         block_size=recipe.data.block_size,
         tokens_per_step=tokens_per_step,
@@ -253,6 +256,7 @@ def pretrain(
     arguments = build_arguments(recipe, output_dir)
     recipe.parallel.check(shape, arguments.world_size)
     recipe.optimizer.check(arguments, recipe.monitor.on_nonfinite)
+    attention_of(recipe, shape, arguments)
     if recipe.data.streaming:
         check_streaming(arguments)
     changes = _check_resumption(recipe, arguments, output_dir) if resume else []
@@ -334,7 +338,7 @@ def _make_trainer(
     """The Trainer of a run, and what is known of it."""
     from transformers import default_data_collator
 
-    model = build_model(config, arguments.seed)
+    model = build_model(config, arguments.seed, attention_of(recipe, config, arguments)[0])
     model = recipe.parallel.split(model, arguments.world_size, arguments.device)
     facts = RunFacts(
         recipe=recipe.to_dict(),
