@@ -135,10 +135,10 @@ def test_slow_links_change_the_split():
 
 def test_smaller_memory_chooses_less_to_keep():
     peaks = {}
-    for memory in (141e9, 80e9, 70e9):
+    for memory in (141e9, 80e9, 68e9):
         best = make_plan("llama_7b", **{**ISSUE, "gpu_memory": memory}, fsdp=1, tensor_parallel=1).recommended.setting
         peaks[memory] = (best.tokens_per_s, best.policy)
-    assert [policy for _, policy in peaks.values()] == ["none", "replay", "invert"]
+    assert [policy for _, policy in peaks.values()] == ["none", "invert", "reversible"]
     speeds = [speed for speed, _ in peaks.values()]
     assert speeds == sorted(speeds, reverse=True)
 

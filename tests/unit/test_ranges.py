@@ -83,7 +83,7 @@ def test_another_schedule_drops_the_settings_of_the_recipes_own():
 def test_the_tables_name_fields_that_there_are():
     assert {*TRAINING, *PRETRAINING} <= {field.name for field in fields(TrainingArguments)}
     of_transformers = {"attribute_map"}
-    of_recipes = {"base"}
+    of_recipes = {"base", "attn_implementation"}
     assert set(MODEL) - of_transformers - of_recipes <= {field.name for field in fields(CRNetConfig)}
 
 
