@@ -14,6 +14,10 @@ long_enough = pytest.mark.timeout(round(300 * max(TIMES, 1)))
 
 
 def cases(count: int) -> settings:
-    """Settings for `count` cases, or so many times more. Nothing is kept between runs; files are shared by cases."""
+    """Settings for `count` cases, the same in every run; or for so many times more, drawn anew. Nothing is kept between
+    runs; files are shared by cases."""
     number = max(round(count * TIMES), 1)
-    return settings(max_examples=number, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    health = list(HealthCheck)
+    return settings(
+        max_examples=number, derandomize=TIMES == 1, deadline=None, suppress_health_check=health, database=None
+    )

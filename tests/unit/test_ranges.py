@@ -11,7 +11,7 @@ from crosslayer.recipes import FOLDER
 from crosslayer.train import build_recipe
 from crosslayer.train.finetune import finetune
 from crosslayer.train.ranges import MODEL, PRETRAINING, TRAINING
-from crosslayer.train.recipe import load_recipe
+from crosslayer.train.recipe import build_finetune_recipe, load_recipe
 from crosslayer.train.run import pretrain
 from tiny_finetune import tiny_recipe as finetune_recipe
 from tiny_finetune import write_encoder, write_task
@@ -146,3 +146,9 @@ def test_the_report_is_of_the_weights_that_are_kept(tmp_path):
     losses = [line["eval_loss"] for line in report.history if "eval_loss" in line][:-1]
     assert losses[-1] > min(losses)
     assert report.after["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("modules", [True, 3, {"a": 1}, [], [""], ""])
+def test_modules_are_named_by_texts(modules):
+    with pytest.raises(ConfigError, match=r"target_modules=.* must be names of"):
+        build_finetune_recipe({"model": "m", "adapter": {"target_modules": modules}}, {"task": "sst2"})

@@ -39,7 +39,8 @@ RANGES = {
     "dropout": SHARE,
     "reads": one_of(("input", "output")),
     "target_modules": Range(
-        "names of modules, or a regular expression", lambda value: bool(value) and all(map(bool, value))
+        "names of modules, or a regular expression",
+        lambda value: bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(map(bool, value)))),
     ),
     "max_fuses": or_auto(COUNT_OR_0),
     "max_injections": or_auto(COUNT_OR_0),
