@@ -26,6 +26,7 @@ from crosslayer.bench.contenders import Contenders
 from crosslayer.bench.device import measure_device, write_rates
 from crosslayer.errors import ConfigError
 from peak_memory import make_step
+from property_cases import cases
 
 ROOT = Path(__file__).parents[2]
 H100 = sheet_rates(DEVICES["h100"])
@@ -210,6 +211,7 @@ def test_an_accelerator_waits_for_the_longer_of_two():
 sizes = st.sampled_from((1, 2, 4, 16))
 
 
+@cases(60)
 @given(tokens=sizes, more=sizes, recompute=st.sampled_from(("none", "invert", "replay", "reversible")))
 def test_more_takes_longer(tokens, more, recompute):
     """More tokens, layers or rank, slower products, memory or launches."""
