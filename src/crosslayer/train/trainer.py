@@ -45,6 +45,7 @@ _WHOLE_AND_AT_HAND: dict[str, Any] = {
     "dataloader_persistent_workers": False,
     "dataloader_multiprocessing_context": None,
 }
+"""Settings of an evaluation's loader: all rows of a split, read by the process itself."""
 
 
 @contextmanager
