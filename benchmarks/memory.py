@@ -12,7 +12,8 @@ Sections, in benchmarks/results/memory_cpu.json:
     policies   the four policies alone, in less time, over `none`
     kept_heap  the same as speed where the C allocator keeps what was freed, as allocators made for this do
     bf16       speed with bf16 products and with bf16 weights, 8 layers
-    interval   the largest `reversible` interval whose gradients are still right, and what it keeps
+    interval   the largest `reversible` interval whose gradients are still right, and what it keeps, at 48 layers
+    interval_deep  the same at 80 layers, those of a LLaMA 70B
 
 The loss is taken by vocabulary chunks; sections that do not say so ("loss") were taken with whole logits. `speed`,
 `policies`, `kept_heap` and `bf16` need a quiet machine. Last, the bars of the project are printed, each
@@ -44,9 +45,9 @@ from result_file import ResultFile
 HERE = Path(__file__).parent
 POLICIES = ["crnet", "crnet_invert", "crnet_replay", "crnet_reversible"]
 METHODS_HERE = ["dense", "dense_checkpointing", "cola", *POLICIES]
-SMOKE = {"hidden": 64, "depths": [2, 4], "resident": [4, 8], "speed": [2, 3], "exact": 4, "sequence": 32}
+SMOKE = {"hidden": 64, "depths": [2, 4], "resident": [4, 8], "speed": [2, 3], "exact": 4, "deep": 6, "sequence": 32}
 FULL = {"hidden": 512, "depths": [4, 8, 12, 16, 24, 32, 48], "resident": [4, 12, 20], "speed": [8, 24], "exact": 48}
-FULL["sequence"] = 256
+FULL |= {"deep": 80, "sequence": 256}
 
 
 def shape_of(hidden: int, layers: int, sequence: int = 256) -> dict[str, Any]:
@@ -240,10 +241,9 @@ def measure_with_kept_heap(sizes: dict, batch: int, count: int, restarts: int) -
 # interval
 
 
-def measure_interval(sizes: dict) -> dict[str, Any]:
-    """Error of all gradients of the layers against float64, for wider and wider intervals of `reversible`."""
-    layers, smoke = sizes["exact"], sizes is SMOKE
-    intervals = [2, 4] if smoke else [8, 12, 16, 24, 32, 48]
+def measure_interval(sizes: dict, layers: int) -> dict[str, Any]:
+    """Error of all gradients of the layers against float64: of `invert`, and of `reversible` by interval."""
+    intervals = [2, 4] if sizes is SMOKE else [n for n in (8, 12, 16, 24, 32, 48, 64, 80) if n <= layers]
     cases = [("float32", b) for b in (1.0, 0.9)]
     cases += [(dtype, b) for dtype in ("mixed", "bfloat16") for b in (1.0, 0.9, 0.5)]
     weights = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16}
@@ -254,6 +254,7 @@ def measure_interval(sizes: dict) -> dict[str, Any]:
         truth = gradients(exact, None, None, "float64")
         plain = error_of(gradients(model, None, None, dtype), truth)
         case = {"plain": plain, "bar": 5e-6 if dtype == "float32" else 1.2 * plain}
+        case["invert"] = error_of(gradients(model, "invert", None, dtype), truth)
         case |= {str(n): error_of(gradients(model, "reversible", n, dtype), truth) for n in intervals}
         errors[f"{dtype}, b={b}"] = {name: float(f"{error:.3g}") for name, error in case.items()}
     fine = {
@@ -310,7 +311,7 @@ def gradients(model: CRNetForCausalLM, policy: str | None, interval: int | None,
     """Of the loss in float64 logits; without a policy, of plain autograd."""
     model.train(policy is not None)
     if policy is not None:
-        model.set_recompute(policy, min(interval or 1, model.config.num_hidden_layers))
+        model.set_recompute(policy, interval and min(interval, model.config.num_hidden_layers))
     model.zero_grad()
     ids = torch.randint(1024, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "mixed"):
@@ -381,7 +382,7 @@ def bars(results: ResultFile) -> list[tuple[str, float, str, bool]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = ("saved", "resident", "peak", "speed", "policies", "kept_heap", "bf16", "interval")
+    sections = ("saved", "resident", "peak", "speed", "policies", "kept_heap", "bf16", "interval", "interval_deep")
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--redo", action="store_true", help="measure sections again that are in the file")
     parser.add_argument("--turns", type=int, default=3, help="counted turns, of two steps each, after one uncounted")
@@ -411,7 +412,8 @@ def main() -> None:
         "policies": lambda: measure_speed(sizes, ["float32"], sizes["speed"], rows, turns, restarts, POLICIES),
         "kept_heap": lambda: measure_with_kept_heap(sizes, rows, turns, restarts),
         "bf16": lambda: measure_speed(sizes, ["mixed", "bfloat16"], sizes["speed"][:1], rows, turns, restarts),
-        "interval": lambda: measure_interval(sizes),
+        "interval": lambda: measure_interval(sizes, sizes["exact"]),
+        "interval_deep": lambda: measure_interval(sizes, sizes["deep"]),
     }
     for name in options.sections:
         results.section(name, measures[name])

@@ -11,7 +11,7 @@ from typing import Any
 
 from crosslayer.accounting import Method, Shape, Sharding, Step, count_collectives, estimate_memory, named_shape
 from crosslayer.accounting.plan import DEFAULT_RESERVE, MemoryPlan, Recommendation, Setting
-from crosslayer.accounting.planner import make_plan
+from crosslayer.accounting.planner import WIDEST_INTERVAL, make_plan
 from crosslayer.accounting.steps import PRECISIONS
 from crosslayer.errors import ConfigError
 from page_tables import run, table
@@ -29,7 +29,7 @@ KEPT = {
     "none": ("cross_layer", Method()),
     "replay": ("cross_layer", Method(recompute="replay")),
     "invert": ("cross_layer", Method(recompute="invert")),
-    "reversible": ("cross_layer", Method(recompute="reversible", interval=10**6)),  # no state is kept
+    "reversible": ("cross_layer", Method(recompute="reversible", interval=WIDEST_INTERVAL)),
 }
 """What may be kept -> (factorization, method); the last four are CR-Net's."""
 

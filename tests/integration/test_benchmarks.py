@@ -149,7 +149,7 @@ def test_packed_attention(script, tmp_path, monkeypatch, capsys):
 def test_memory(script, tmp_path, monkeypatch, capsys):
     memory = script("memory")
     out, figure = tmp_path / "m.json", tmp_path / "m.png"
-    sections = ("saved", "peak", "speed", "interval")
+    sections = ("saved", "peak", "speed", "interval", "interval_deep")
     once = ("--turns", 1, "--restarts", 1, "--threads", 1)
     arguments = ("--smoke", *once, "--out", out, "--figure", figure, "--sections", *sections)
     call(memory, monkeypatch, *arguments)

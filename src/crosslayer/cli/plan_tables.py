@@ -41,8 +41,12 @@ def _show_model(console: Console, plan: MemoryPlan) -> None:
     console.print(f"{plan.model}, {plan.method}{rank}: {plan.parameters / 1e6:,.2f}M parameters{trained}")
     console.print(
         f"{describe_devices(plan, plan.gpus)}; {plan.precision}, sequences of {plan.sequence:,} tokens; "
-        f"{plan.tokens / 1e9:,.3g}B tokens {describe_speed(plan)}\n"
+        f"{_in_billions(plan.tokens)} tokens {describe_speed(plan)}\n"
     )
+
+
+def _in_billions(tokens: float) -> str:
+    return f"{tokens / 1e9:,.0f}B" if tokens >= 1e11 else f"{tokens / 1e9:.3g}B"
 
 
 def describe_speed(plan: MemoryPlan) -> str:
