@@ -98,7 +98,9 @@ def draw(section: dict, path: Path) -> None:
         dashed = name in ("dense_checkpointing", "crnet_reversible_whole")
         label = "CR-Net, none" if name == "crnet" else row["label"]
         label = "CR-Net, reversible (8)" if name == "crnet_reversible" else label
-        axes.plot(depths, values, "--" if dashed else "-", marker="o", markersize=3, color=color, label=label)
+        width = 5.0 if name == "cola" else 1.5  # CR-Net's line lies on it
+        line = {"marker": "o", "markersize": 3, "color": color, "lw": width, "label": label}
+        axes.plot(depths, values, "--" if dashed else "-", **line)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.set_yticks([20, 50, 100, 200, 500, 1000, 2000])
