@@ -132,12 +132,13 @@ def compare(
 def check_budget(overrides: dict[str, Any], *, sizes: str | None, tokens_per_parameter: float | None) -> None:
     """Raises ConfigError for steps that are said twice, or not at all."""
     from ..errors import ConfigError
+    from ..train.values import plain
 
     if sizes is not None and tokens_per_parameter is None:
         raise ConfigError("--sizes has no budget; give --tokens_per_parameter, such as 20")
     if tokens_per_parameter is None:
         return
-    given = {name.rpartition(".")[2]: value for name, value in overrides.items()}
+    given = {name.rpartition(".")[2]: plain(value) for name, value in overrides.items()}
     for name in ("max_steps", "num_train_epochs"):
         if name in given:
             raise ConfigError(f"--tokens_per_parameter and --{name} exclude each other; give one of them")

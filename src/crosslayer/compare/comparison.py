@@ -22,7 +22,7 @@ from ..provenance import describe_run
 from ..train.recipe import Recipe, build_recipe
 from ..train.resume import check_fingerprints, check_same_run
 from ..train.run import build_model_config, earlier_recipe, fingerprints_of
-from ..train.run_folder import check_output_dir, prepare_output_dir
+from ..train.run_folder import RUN_FILE, check_output_dir, prepare_output_dir, read_json
 from .options import Options
 from .pool import Pool
 from .recipes import recipe_of
@@ -62,6 +62,7 @@ def compare(
     output_dir = Path(output_dir)
     check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     if resume:
+        check_kind(output_dir, is_ladder=False)
         check_same_run(recipe.to_dict(), earlier_recipe(output_dir).to_dict(), ("model", "data"), output_dir)
     steps = recipe.training.get("max_steps", -1)
     if steps < 1:
@@ -113,6 +114,14 @@ def compare(
     }
     write_comparison(output_dir, content)
     return content
+
+
+def check_kind(output_dir: Path, *, is_ladder: bool) -> None:
+    """Raises ConfigError for a comparison that would go on as a ladder, and the other way round."""
+    earlier = read_json(output_dir / RUN_FILE) or {}
+    if is_ladder != ("sizes" in earlier.get("plan", {})):
+        what = "a comparison without sizes; leave --sizes out" if is_ladder else "a ladder; give its --sizes"
+        raise ConfigError(f"{output_dir} holds {what}, or another --output_dir")
 
 
 def check_no_time_limit(recipe: Recipe) -> None:

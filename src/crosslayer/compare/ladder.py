@@ -21,7 +21,7 @@ from ..train.recipe import Recipe
 from ..train.resume import check_fingerprints, check_same_run
 from ..train.run import earlier_recipe, fingerprints_of
 from ..train.run_folder import RUN_FILE, check_output_dir, prepare_output_dir, read_json
-from .comparison import check_no_time_limit, compare, recipes_of
+from .comparison import check_kind, check_no_time_limit, compare, recipes_of
 from .ladder_findings import Ladder, Rung, findings_of
 from .ladder_report import write_ladder
 from .report import Comparison
@@ -53,10 +53,7 @@ def compare_sizes(
     output_dir = Path(output_dir)
     check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     if resume:
-        if "sizes" not in (read_json(output_dir / RUN_FILE) or {}).get("plan", {}):
-            raise ConfigError(
-                f"{output_dir} holds a run without sizes; leave --sizes out, or give another --output_dir"
-            )
+        check_kind(output_dir, is_ladder=True)
         check_same_run(recipe.to_dict(), earlier_recipe(output_dir).to_dict(), ("model", "data"), output_dir)
     check_no_time_limit(recipe)
     recipes = {

@@ -14,9 +14,9 @@ from .report import COLOURS, STYLES
 
 HOW = """\
 Intervals are of 95 %, by Student's t. For laws, trends, crossings and what a unit buys they rest on the scatter of the
-sizes around the line (sizes - 2 degrees of freedom; with two sizes on that of the seeds); for the ratio at a size on that
-of the seeds, each compared with dense's run of the same seed, pooled over the sizes. The size is the number of parameters
-of its dense model without embeddings and head. FLOPs are those of forward and backward over all tokens.
+sizes around the line (sizes - 2 degrees of freedom; with two sizes on that of the seeds); for the ratio at a size on
+the scatter of the seeds, each compared with dense's run of that seed, pooled over the sizes. The size is the number of
+parameters of its dense model without embeddings and head. FLOPs are those of forward and backward over all tokens.
 """
 
 

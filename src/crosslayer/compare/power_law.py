@@ -40,7 +40,7 @@ class Estimate(TypedDict):
 
 def student_t(dof: int) -> float:
     """Half the width of a 95 % interval in standard errors; above 30 degrees by its expansion around the normal."""
-    return T_95[dof - 1] if dof <= len(T_95) else 1.95996 + 2.3723 / dof
+    return T_95[dof - 1] if dof <= len(T_95) else 1.95996 + 2.3723 / dof + 2.8225 / dof**2
 
 
 def estimate(value: float, error: float, dof: int) -> Estimate:
