@@ -340,6 +340,7 @@ def runs(monkeypatch):
     found = Runs()
     for module in ("comparison", "tuning"):
         monkeypatch.setattr(importlib.import_module(f"crosslayer.compare.{module}"), "run_once", found)
+    monkeypatch.setattr("crosslayer.compare.report.draw", lambda content, path: False)  # test_compare.py looks at it
     return found
 
 

@@ -37,14 +37,19 @@ def compare(
     ] = None,
     seeds: Annotated[
         str,
-        typer.Option(help="Runs of each method with its best learning rates; with --sizes also one for each: 2,1,2."),
+        typer.Option(
+            help="Runs of each method with its best learning rates; with --sizes also one for each: 2,1,2 "
+            "[default: 3].",
+            show_default=False,
+        ),
     ] = "3",
     tuning_runs: Annotated[
         str,
         spelled(
             "tuning_runs",
             "Most runs of the search for a method's learning rates; with --sizes also one for each. 0: the recipe's "
-            "rates, or those of the size before.",
+            "rates, or those of the size before [default: 9].",
+            show_default=False,
         ),
     ] = "9",
     tuning_steps: Annotated[

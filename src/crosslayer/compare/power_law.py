@@ -108,6 +108,7 @@ class Line:
         return estimate(self.mean + self.slope * u, math.sqrt(self.scatter.variance * variance), self.scatter.dof)
 
     def slope_estimate(self) -> Estimate:
+        """The slope and its interval."""
         return estimate(self.slope, math.sqrt(self.scatter.variance * self.of_slope), self.scatter.dof)
 
     def moved(self, centre: float) -> "Line":
