@@ -103,7 +103,7 @@ def test_a_budget_sets_the_steps_and_scales_the_rest(tmp_path):
     assert twice == pytest.approx(training["max_steps"] / 2, abs=1)
     base.training["warmup_steps"] = 0.1
     assert with_budget(base, 2).training["warmup_steps"] == 0.1  # a share
-    with pytest.raises(ConfigError, match=r"tokens_per_parameter=0\.001 is less than half a step of 4 x 32 tokens"):
+    with pytest.raises(ConfigError, match=r"tokens_per_parameter=0\.001 is less than half a step of 128 tokens"):
         with_budget(base, 0.001)
     del base.training["max_steps"]
     with pytest.raises(ConfigError, match=r"logging_steps=2 is a share of no max_steps; give a share such as 0\.1"):
@@ -249,6 +249,9 @@ def test_what_diverged_or_is_missing_is_left_out():
     assert found["ratios"]["crnet"]["sizes"].keys() == SIZES.keys() - {"192x13"}
     assert found["ratios"]["cola"]["sizes"].keys() == {"128x13", "192x13"}
     assert [crossing["methods"] for crossing in found["crossings"]].count(("crnet", "cola")) == 0  # one size together
+    two = found["ratios"]["cola"]
+    assert two["doubling"]["low"] is None
+    assert two["extrapolated"] is None  # not without an interval
     one = findings_of({"64x6": rungs["64x6"]})
     assert one["laws"]["size"] == {}
     assert one["ratios"]["crnet"]["doubling"] is None
@@ -433,6 +436,20 @@ def test_resumed_it_never_shows_less_than_before(climbed, monkeypatch):
     other.tokens_per_parameter = 0.2  # compare.json of another budget is none of it
     compare_sizes(tiny_recipe(root), other, root / "out", resume=True)
     assert seen == [["16x2"], ["16x2", "32x2"]]
+
+
+def test_a_method_that_diverges_at_once(tmp_path, runs, monkeypatch):
+    """Without a point of its curve."""
+
+    def diverges(job, folder):
+        found = untrained(job, folder)
+        return {**found, "loss": None, "perplexity": None, "bits_per_byte": None, "curve": []}
+
+    monkeypatch.setattr("crosslayer.compare.comparison.run_once", diverges)
+    content = compare_sizes(tiny_recipe(tmp_path), options_for("16x2,32x2", runs=(0, 0)), tmp_path / "out")
+    assert content["findings"]["ratios"] == {}
+    assert (tmp_path / "out" / "ladder.md").read_text().count("diverged") == 4
+    assert (tmp_path / "out" / "ladder.png").is_file()
 
 
 def test_wrong_input_writes_nothing(climbed, tmp_path):

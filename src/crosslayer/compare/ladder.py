@@ -25,7 +25,7 @@ from .comparison import check_kind, check_no_time_limit, compare, recipes_of
 from .ladder_findings import Ladder, Rung, findings_of
 from .ladder_report import write_ladder
 from .report import Comparison
-from .sizes import LadderOptions, dense_parameters, recipe_of_size, with_budget
+from .sizes import LadderOptions, dense_parameters, recipe_of_size, tokens_per_step, with_budget
 
 WHAT = "validation loss (nats per token) of methods at several sizes, tokens a multiple of the dense parameters"
 
@@ -113,8 +113,7 @@ def _gather(recipe: Recipe, options: LadderOptions, recipes: dict[str, Recipe], 
 
 
 def _rung(of_size: Recipe, comparison: Comparison) -> Rung:
-    methods = comparison["methods"]
-    tokens = next(iter(methods.values()))["curves"][0][-1]["tokens"]
+    tokens = of_size.training["max_steps"] * tokens_per_step(of_size)
     statistics: dict[str, Any] = comparison["data"].get("train") or {}
     return {
         "model": of_size.model,
@@ -125,5 +124,5 @@ def _rung(of_size: Recipe, comparison: Comparison) -> Rung:
         "tuning": comparison["tuning"],
         "data": comparison["data"],
         "run": comparison["run"],
-        "methods": methods,
+        "methods": comparison["methods"],
     }

@@ -249,12 +249,13 @@ def _ratio(rungs: Mapping[str, Rung], method: str) -> Ratio:
     counts = [rung["dense_parameters"] for rung, _ in there.values()]
     line = fit_line([math.log2(count) for count in counts], [*differences.values()])
     further = FURTHER * max(counts)
+    is_certain = line is not None and line.scatter.dof > 0  # no extrapolation without an interval
     return {
         "sizes": sizes,
         "mean": exponential(line.at(line.centre)) if line else None,
         "doubling": exponential(line.slope_estimate()) if line else None,
-        "extrapolated": exponential(line.at(math.log2(further), new=True)) if line else None,
-        "extrapolated_to": further if line else None,
+        "extrapolated": exponential(line.at(math.log2(further), new=True)) if line and is_certain else None,
+        "extrapolated_to": further if is_certain else None,
     }
 
 

@@ -95,14 +95,20 @@ def _table_of_ratios(content: Ladder) -> str:
             count = content["sizes"][name]["dense_parameters"]
             since = "the start" if found["since"] is None else f"{found['since']:.2g}"
             rows.append([label, f"{name} ({_short(count)})", _shown(found["ratio"]), since])
-        if ratio["extrapolated_to"] is not None:
-            beyond = f"extrapolated to {_short(ratio['extrapolated_to'])}, {FURTHER} times the largest"
-            rows += [
-                [label, "mean of the sizes", _shown(ratio["mean"]), ""],
-                [label, "factor of a doubling of the size", _shown(ratio["doubling"], 4), ""],
-                [label, beyond, _shown(ratio["extrapolated"]), ""],
-            ]
+        rows += [
+            [label, words, _shown(found, digits), ""]
+            for words, found, digits in (
+                ("mean of the sizes", ratio["mean"], 3),
+                ("factor of a doubling of the size", ratio["doubling"], 4),
+                (_beyond(ratio["extrapolated_to"]), ratio["extrapolated"], 3),
+            )
+            if found is not None
+        ]
     return _table(["method", "at", "perplexity ratio", "on that side of 1 since, tokens per parameter"], rows)
+
+
+def _beyond(size: float | None) -> str:
+    return "" if size is None else f"extrapolated to {_short(size)}, {FURTHER} times the largest"
 
 
 def _table_of_laws(content: Ladder) -> str:

@@ -124,19 +124,24 @@ def dense_parameters(recipe: Recipe) -> int:
     return sum(counts.values()) - counts["embeddings"] - counts["head"]
 
 
+def tokens_per_step(recipe: Recipe) -> int:
+    """That one optimizer step reads."""
+    with tempfile.TemporaryDirectory() as unused:
+        return rows_per_step(recipe, build_arguments(recipe, Path(unused))) * recipe.data.block_size
+
+
 def with_budget(recipe: Recipe, tokens_per_parameter: float) -> Recipe:
     """The recipe with as many steps as make so many tokens a parameter of the dense model, to the nearest step.
 
     Warm-up, logging, evaluation and checkpoints keep their share of the recipe's steps, the last two in multiples of
     logging. Raises ConfigError.
     """
-    with tempfile.TemporaryDirectory() as unused:
-        rows = rows_per_step(recipe, build_arguments(recipe, Path(unused)))
-    steps = round(tokens_per_parameter * dense_parameters(recipe) / (rows * recipe.data.block_size))
+    tokens = tokens_per_step(recipe)
+    steps = round(tokens_per_parameter * dense_parameters(recipe) / tokens)
     if steps < 1:
         raise ConfigError(
-            f"tokens_per_parameter={tokens_per_parameter:g} is less than half a step of {rows} x "
-            f"{recipe.data.block_size} tokens; give more, or lower per_device_train_batch_size"
+            f"tokens_per_parameter={tokens_per_parameter:g} is less than half a step of {tokens} tokens; give more, or "
+            "lower per_device_train_batch_size"
         )
     content = recipe.to_dict()
     content["training"] |= {**_shares_kept(content["training"], steps), "max_steps": steps}
