@@ -41,6 +41,13 @@ class Results:
         path = self.folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
+    def if_there(self, name: str) -> dict[str, Any] | None:
+        """`load`, for a file that the row does without: a missing one is not listed."""
+        found = self.load(name)
+        if found is None:
+            self.read.remove(name)
+        return found
+
     def __call__(self, name: str, *sections: str) -> Any:
         """A file's content, or a section within it. Raises MissingError."""
         found: Any = {name: self.load(name)}

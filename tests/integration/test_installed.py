@@ -105,6 +105,8 @@ NOT_RUN = {
     "crosslayer pretrain --recipe crnet_5m_text --data ./my_texts --resume_from 2000 --learning_rate 1e-3": OTHERS,
     "crosslayer export runs/crnet_5m_text --output_dir earlier --step 4000 --dtype bfloat16": OTHERS,
     "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz --max_steps 500": OTHERS,
+    "crosslayer compare --recipe crnet_1m_text --data texts.jsonl.gz --methods dense,crnet,cola "
+    "--sizes 64x6,96x9,128x13 --tokens_per_parameter 20 --tuning_steps 0.2 --tuning_runs 14,9,7 --seeds 2,1,2": OTHERS,
     "crosslayer compare --recipe crnet_2m_text --data FILE --validation_data FILE --tuning_runs 16 --tuning_steps 250 "
     "--validation_blocks 148 --workers 2 --use_cpu": OTHERS,
     "crosslayer bench memory --hidden-size 512 --layers 4,16 --methods dense,crnet_invert": OTHERS,

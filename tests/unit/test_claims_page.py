@@ -171,7 +171,7 @@ def ablation(name, losses):
     def section(of_contender):
         mean = None if None in of_contender else sum(of_contender) / 3
         result = {"losses": of_contender, "loss_mean": mean}
-        model, sizes = {"hidden_size": 64}, {"parameters_without_embeddings": 7, "tokens": 9}
+        model, sizes = {"hidden_size": 64}, {"parameters_without_embeddings": 7, "tokens": 140}
         return {"model": model, **sizes, "result": result}
 
     sections = {"CR-Net": section([4.0, 4.01, 4.02]), name: section(losses)}
@@ -195,9 +195,29 @@ def comparison(**perplexities):
     return lambda content: {"tokens": 9, "methods": methods}
 
 
-def long_runs(*ratios):
-    files = zip(crnet.LONG, ratios, strict=False)
-    return {name: comparison(crnet=ratio, dense=1.0) for name, ratio in files}
+def ladder(ratios, mean=(1.0, 0.9, 1.1), doubling=(1.0, 0.9, 1.1), worse=0.0, tokens=20):
+    """ladder.json of so many sizes; `worse`: CR-Net's loss over dense's."""
+
+    def estimate(value, low=None, high=None):
+        return {"value": value, "low": low, "high": high}
+
+    def row(losses):
+        return {"losses": losses, "parameters_without_embeddings": 5}
+
+    sizes = {
+        f"{64 * n}x6": {
+            "dense_parameters": n * 1e6,
+            "tokens": tokens * n * 1e6,
+            "methods": {"dense": row([3.0, 3.01]), "crnet": row([3.0 + worse, 3.01 + worse])},
+        }
+        for n in range(1, len(ratios) + 1)
+    }
+    crnet = {
+        "sizes": {name: {"ratio": estimate(ratio)} for name, ratio in zip(sizes, ratios, strict=True)},
+        "mean": estimate(*mean) if len(ratios) > 1 else None,
+        "doubling": estimate(*doubling) if len(ratios) > 1 else None,
+    }
+    return {"ladder.json": lambda _: {"sizes": sizes, "findings": {"ratios": {"crnet": crnet}}}}
 
 
 def gradient(lor2c):
@@ -272,8 +292,8 @@ CASES = {  # claim: (files with which it holds, files with which it does not)
     "cola_perplexity": (of_studies("crnet", -1), of_studies("crnet", 1)),
     "plain_low_rank": (of_studies("crnet", -1), of_studies("crnet", 1)),
     "plain_adam": ({}, {"compare_1m.json": at("methods", "crnet", "losses")([4.4, None, 4.4])}),
-    "dense_perplexity_after_long": (ablation("dense", WORSE), ablation("dense", BETTER)),
-    "as_models_grow": (long_runs(1.3, 1.01), long_runs(1.0, 1.03)),
+    "dense_perplexity_after_long": (ladder([1.0, 1.0]), ladder([1.0, 1.0], worse=1.0)),
+    "as_models_grow": (ladder([1.3, 1.01]), ladder([1.0, 1.03])),
     "optimizer_methods": tuple(
         {"compare_1m_optimizers.json": comparison(crnet=2.0, galore=3.0, apollo=apollo)} for apollo in (3.0, 1.0)
     ),
@@ -340,6 +360,25 @@ def test_verdicts_follow_from_the_files(name):
         verdict, _, cells[wanted] = CLAIMS[name].verdict(Edited(edits))
         assert verdict == wanted
     assert cells[kinds.HOLDS] != cells[kinds.FAILS]
+
+
+def test_claims_about_the_ladder():
+    long, growing = CLAIMS["dense_perplexity_after_long"], CLAIMS["as_models_grow"]
+    for claim, files, wanted in (
+        (long, ladder([1.0, 1.0], mean=(1.02, 1.01, 1.03)), kinds.FAILS),
+        (long, ladder([1.0, 1.0], mean=(1.02, None, None)), kinds.HOLDS),  # with no interval
+        (long, ladder([1.0, 1.0], worse=-1.0), kinds.HOLDS),
+        (long, ladder([1.0, 1.0], tokens=5), kinds.OPEN),
+        (long, ladder([1.0], worse=1.0), kinds.FAILS),  # one size: no mean, but two seeds
+        (long, ablation("dense", WORSE), kinds.HOLDS),
+        (long, ablation("dense", BETTER), kinds.FAILS),
+        (long, ladder([1.0, 1.0]) | ablation("dense", BETTER), kinds.FAILS),
+        (growing, ladder([0.9, 1.01], doubling=(1.1, 1.05, 1.2)), kinds.FAILS),
+        (growing, ladder([1.0]), kinds.OPEN),
+    ):
+        results = Edited(files)
+        assert claim.verdict(results)[0] == wanted
+        assert {*results.read} <= files.keys()
 
 
 def test_level_is_neither_higher_nor_lower():

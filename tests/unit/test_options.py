@@ -183,6 +183,7 @@ texts = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=
 
 
 HOW_OFTEN = {"turns", "warm_up", "new_tokens"}  # as many as are asked for are done
+NOT_DRAWN = {"output_dir", "workers", "tokens_per_parameter"}  # a budget is worked off, however large
 few = numbers.filter(lambda text: len(text) < 6)
 
 
@@ -191,7 +192,7 @@ def draw_options(verb, data):
     options = []
     for name in names:
         kind, is_argument = options_of(verb)[name]
-        if not is_argument and name not in ("output_dir", "workers"):
+        if not is_argument and name not in NOT_DRAWN:
             drawn = texts if kind not in (int, float) else few if name in HOW_OFTEN else numbers
             options.append(f"--{name}={data.draw(drawn)}")
     return options

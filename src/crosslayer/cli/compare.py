@@ -1,6 +1,7 @@
 """`crosslayer compare`: several methods on the same data, tokens, shape and tuning effort."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -19,17 +20,41 @@ def compare(
             "crnet+muon: adamw, muon, spectron."
         ),
     ] = "dense,crnet,cola,low_rank",
-    seeds: Annotated[int, typer.Option(help="Runs of each method with its best learning rates.")] = 3,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="HIDDENxLAYERS, such as 64x6,96x9,128x13, smallest first: a comparison at each, in the recipe's "
+            "proportions, and laws fitted to them."
+        ),
+    ] = None,
+    tokens_per_parameter: Annotated[
+        float | None,
+        spelled(
+            "tokens_per_parameter",
+            "Steps so that every run reads so many tokens per parameter of the dense model, embeddings and head aside "
+            "[default: max_steps].",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str,
+        typer.Option(
+            help="Runs of each method with its best learning rates; with --sizes also one for each: 2,1,2 "
+            "[default: 3].",
+            show_default=False,
+        ),
+    ] = "3",
     tuning_runs: Annotated[
-        int,
+        str,
         spelled(
             "tuning_runs",
-            "Most runs of the search for a method's learning rates; 0: the recipe's.",
+            "Most runs of the search for a method's learning rates; with --sizes also one for each. 0: the recipe's "
+            "rates, or those of the size before [default: 9].",
+            show_default=False,
         ),
-    ] = 9,
+    ] = "9",
     tuning_steps: Annotated[
-        int | None,
-        spelled("tuning_steps", "Steps of such a run [default: a quarter of max_steps]."),
+        float | None,
+        spelled("tuning_steps", "Steps of such a run; below 1 a share of max_steps [default: a quarter]."),
     ] = None,
     validation_blocks: Annotated[
         int,
@@ -40,9 +65,9 @@ def compare(
     ] = None,
     output_dir: Annotated[
         str | None,
-        spelled("output_dir", "Folder of the comparison [default: runs/compare_NAME]."),
+        spelled("output_dir", "Folder of the results [default: runs/compare_NAME; with --sizes runs/ladder_NAME]."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on; methods and seeds may be added.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on; methods, seeds and sizes may be added.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away the comparison in the folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -50,39 +75,81 @@ def compare(
 
     CR-Net has the recipe's rank; cola and low_rank take the rank that gives them as many parameters. galore and apollo
     train the dense model (packages galore-torch, apollo-torch). Fields of the recipe are overridden as in pretrain:
-    --data texts.jsonl.gz, --max_steps 400. Writes compare.json, compare.md and compare.png.
+    --data texts.jsonl.gz, --max_steps 400. Writes compare.json, compare.md and compare.png; with --sizes a folder of
+    them for each size, and ladder.json, ladder.md and ladder.png.
     """
     import sys
 
     from .common import parse_overrides, print_json, quiet_libraries
 
     overrides = parse_overrides(context.args)
+    check_budget(overrides, sizes=sizes, tokens_per_parameter=tokens_per_parameter)
     quiet_libraries()
     from .. import compare as comparing
     from ..train import load_recipe
 
+    ladder = comparing.parse_sizes(sizes) if sizes is not None else ()
+    of_sizes = {
+        name: comparing.for_each(name, [int(number) for number in text.split(",")], ladder)
+        for name, text in (("seeds", seeds), ("tuning_runs", tuning_runs))
+    }
     parsed = load_recipe(recipe, overrides)
-    options = comparing.Options(
-        methods=tuple(dict.fromkeys(name for name in methods.split(",") if name)),
-        seeds=seeds,
-        tuning_runs=tuning_runs,
-        tuning_steps=tuning_steps,
-        validation_blocks=validation_blocks,
-        workers=workers,
-    )
-    folder = output_dir or f"runs/compare_{parsed.name}"
+    options = [
+        comparing.Options(
+            methods=tuple(dict.fromkeys(name for name in methods.split(",") if name)),
+            seeds=of_seeds,
+            tuning_runs=of_runs,
+            tuning_steps=tuning_steps,
+            validation_blocks=validation_blocks,
+            workers=workers,
+        )
+        for of_seeds, of_runs in zip(*of_sizes.values(), strict=True)
+    ]
+    folder = output_dir or f"runs/{'ladder' if ladder else 'compare'}_{parsed.name}"
     interrupt.goes_on(folder, resume=resume)
-    content = comparing.compare(
-        parsed,
-        options,
-        folder,
-        resume=resume,
-        overwrite=overwrite,
-        tell=lambda line: print(f"crosslayer: {line}", file=sys.stderr, flush=True),
-        initialize_worker=quiet_libraries,
-    )
+    going: dict[str, Any] = {
+        "resume": resume,
+        "overwrite": overwrite,
+        "tell": lambda line: print(f"crosslayer: {line}", file=sys.stderr, flush=True),
+        "initialize_worker": quiet_libraries,
+    }
+    content: Mapping[str, Any]
+    if ladder:
+        assert tokens_per_parameter is not None  # check_budget
+        of_ladder = comparing.LadderOptions(
+            sizes=ladder, tokens_per_parameter=tokens_per_parameter, comparisons=tuple(options)
+        )
+        content = found = comparing.compare_sizes(parsed, of_ladder, folder, **going)
+        table = comparing.markdown_ladder(found)
+    else:
+        if tokens_per_parameter is not None:
+            parsed = comparing.with_budget(parsed, tokens_per_parameter)
+        content = compared = comparing.compare(parsed, options[0], folder, **going)
+        table = comparing.markdown_table(compared)
     if as_json:
         print_json(content)
         return
-    print(comparing.markdown_table(content))
-    print(f"\n{folder}/compare.json, compare.md, compare.png")
+    print(table)
+    name = "ladder" if ladder else "compare"
+    print(f"\n{folder}/{name}.json, {name}.md, {name}.png")
+
+
+def check_budget(overrides: dict[str, Any], *, sizes: str | None, tokens_per_parameter: float | None) -> None:
+    """Raises ConfigError for steps that are said twice, or not at all."""
+    from ..errors import ConfigError
+    from ..train.values import plain
+
+    if sizes is not None and tokens_per_parameter is None:
+        raise ConfigError("--sizes has no budget; give --tokens_per_parameter, such as 20")
+    if tokens_per_parameter is None:
+        return
+    given = {name.rpartition(".")[2]: plain(value) for name, value in overrides.items()}
+    for name in ("max_steps", "num_train_epochs"):
+        if name in given:
+            raise ConfigError(f"--tokens_per_parameter and --{name} exclude each other; give one of them")
+    for name in ("warmup_steps", "logging_steps"):
+        value = given.get(name)
+        if isinstance(value, int | float) and value >= 1:
+            raise ConfigError(
+                f"--{name} {value:g} is no number of steps for --tokens_per_parameter; give a share such as 0.1"
+            )

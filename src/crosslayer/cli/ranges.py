@@ -9,8 +9,10 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..ranges import (
+    ABOVE_0,
     COUNT,
     COUNT_OR_0,
+    COUNT_OR_SHARE,
     LENGTH,
     MASS,
     NAME,
@@ -32,6 +34,16 @@ def _list_of(*names: str) -> Range:
 
 def _names(value: Any) -> bool:
     return all(part.strip() for part in value.split(","))
+
+
+def _each(kind: Range) -> Range:
+    """Numbers of a kind, with commas."""
+
+    def holds(value: Any) -> bool:
+        parts = [part.strip() for part in value.split(",")]
+        return all(part.isascii() and part.isdigit() and len(part) < 20 and kind.holds(int(part)) for part in parts)
+
+    return Range(f"{kind.words}, or one for each size, with commas", holds)
 
 
 OPTIONS: dict[str, Range] = {
@@ -62,10 +74,12 @@ OPTIONS: dict[str, Range] = {
         SIZE,
     ),
     "block_size": LENGTH,
-    **dict.fromkeys(
-        ("step", "recompute_interval", "resume_from", "turns", "seeds", "tuning_steps", "validation_blocks"), COUNT
-    ),
-    **dict.fromkeys(("warm_up", "tuning_runs", "top_k"), COUNT_OR_0),
+    **dict.fromkeys(("step", "recompute_interval", "resume_from", "turns", "validation_blocks"), COUNT),
+    **dict.fromkeys(("warm_up", "top_k"), COUNT_OR_0),
+    "seeds": _each(COUNT),
+    "tuning_runs": _each(COUNT_OR_0),
+    "tuning_steps": COUNT_OR_SHARE,
+    "tokens_per_parameter": ABOVE_0,
     **dict.fromkeys(("methods", "positions"), Range("names with commas between them", _names)),
     "parts": _list_of("training", "generation", "memory"),
     "dtypes": _list_of("float32", "tf32", "bfloat16"),

@@ -6,11 +6,13 @@ output_dir/
   compare.json, compare.md, compare.png
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,13 +22,16 @@ from ..provenance import describe_run
 from ..train.recipe import Recipe, build_recipe
 from ..train.resume import check_fingerprints, check_same_run
 from ..train.run import build_model_config, earlier_recipe, fingerprints_of
-from ..train.run_folder import check_output_dir, prepare_output_dir
+from ..train.run_folder import RUN_FILE, check_output_dir, prepare_output_dir, read_json
 from .options import Options
 from .pool import Pool
 from .recipes import recipe_of
 from .report import Comparison, summarize, write_comparison
 from .runs import Job, RunResult, run_once, shown
 from .tuning import Tuning, tune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TUNING_SEED_OFFSET = 100
 
@@ -38,6 +43,7 @@ def compare(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    start: Mapping[str, dict[str, float]] = MappingProxyType({}),
     tell: Callable[[str], None] = lambda line: None,
     initialize_worker: Callable[[], None] | None = None,
 ) -> Comparison:
@@ -47,6 +53,7 @@ def compare(
         recipe: of a CR-Net; the other methods take its shape, data, steps and schedule.
         output_dir: a new or empty folder; one that holds a comparison needs `resume` (goes on; methods and seeds may be
             added) or `overwrite`.
+        start: method -> the rates where its search starts; the recipe's for those that are not there.
         tell: called with a line for people whenever a method has come further.
         initialize_worker: called first in every process that makes runs.
 
@@ -55,16 +62,13 @@ def compare(
     output_dir = Path(output_dir)
     check_output_dir(output_dir, resume=resume, overwrite=overwrite)
     if resume:
+        check_kind(output_dir, is_ladder=False)
         check_same_run(recipe.to_dict(), earlier_recipe(output_dir).to_dict(), ("model", "data"), output_dir)
     steps = recipe.training.get("max_steps", -1)
     if steps < 1:
         raise ConfigError("training.max_steps is missing: methods are compared after the same number of steps")
-    if recipe.monitor.max_hours is not None:
-        raise ConfigError(
-            f"monitor.max_hours={recipe.monitor.max_hours:g} would end runs of a comparison early; leave it out (a "
-            "comparison that is ended goes on with --resume)"
-        )
-    recipes = {name: recipe_of(name, recipe) for name in options.methods}
+    check_no_time_limit(recipe)
+    recipes = recipes_of(options.methods, recipe)
     use_cuda = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
     threads = torch.get_num_threads()
     workers = options.workers or (1 if use_cuda else threads)
@@ -72,14 +76,13 @@ def compare(
     fingerprints = fingerprints_of(prepared)
     if resume:
         check_fingerprints(fingerprints, output_dir)
-    for of_method in recipes.values():  # a rank that does not fit shows here, not after an hour
-        build_model_config(build_recipe(of_method, ran=True), prepared.tokenizer)
+    recipes_of(options.methods, recipe, prepared.tokenizer)
     if not resume:
         prepare_output_dir(output_dir, recipe, options, fingerprints, overwrite=overwrite)
 
     make = partial(Job, validation_blocks=options.validation_blocks, threads=max(1, threads // workers))
     seed = int(recipe.training.get("seed", 0))
-    tuning = {"seed": seed + TUNING_SEED_OFFSET, "steps": options.tuning_steps or max(1, steps // 4)}
+    tuning = {"seed": seed + TUNING_SEED_OFFSET, "steps": tuning_steps(options, steps)}
     folder = output_dir / "runs"
     folder.mkdir(exist_ok=True)
     searching = {
@@ -93,7 +96,7 @@ def compare(
     seeds = [seed + number for number in range(options.seeds)]
     pool = Pool(workers, initialize_worker)
     try:
-        found, results = _carry_out(pool, searching, finishing, seeds, folder, options, tell)
+        found, results = _carry_out(pool, searching, finishing, seeds, folder, options, start, tell)
     except KeyboardInterrupt:
         done = len(list(folder.glob("*.json")))
         pool.kill()
@@ -113,6 +116,39 @@ def compare(
     return content
 
 
+def check_kind(output_dir: Path, *, is_ladder: bool) -> None:
+    """Raises ConfigError for a comparison that would go on as a ladder, and the other way round."""
+    earlier = read_json(output_dir / RUN_FILE) or {}
+    if is_ladder != ("sizes" in earlier.get("plan", {})):
+        what = "a comparison without sizes; leave --sizes out" if is_ladder else "a ladder; give its --sizes"
+        raise ConfigError(f"{output_dir} holds {what}, or another --output_dir")
+
+
+def check_no_time_limit(recipe: Recipe) -> None:
+    """Raises ConfigError for a recipe that would end a run by the clock."""
+    if recipe.monitor.max_hours is not None:
+        raise ConfigError(
+            f"monitor.max_hours={recipe.monitor.max_hours:g} would end runs of a comparison early; leave it out (a "
+            "comparison that is ended goes on with --resume)"
+        )
+
+
+def recipes_of(
+    methods: Iterable[str], recipe: Recipe, tokenizer: "PreTrainedTokenizerFast | None" = None
+) -> dict[str, dict[str, Any]]:
+    """The recipe of each method. Raises ConfigError: a rank that does not fit shows here, not after an hour."""
+    recipes = {name: recipe_of(name, recipe) for name in methods}
+    for of_method in recipes.values():
+        build_model_config(build_recipe(of_method, ran=True), tokenizer)
+    return recipes
+
+
+def tuning_steps(options: Options, steps: int) -> int:
+    """Steps of a run of the search: a number, or a share of the final runs'."""
+    asked = 0.25 if options.tuning_steps is None else options.tuning_steps
+    return int(asked) if asked >= 1 else max(1, int(steps * asked))
+
+
 def _carry_out(
     pool: Pool,
     searching: Mapping[str, Callable[..., Job]],
@@ -120,10 +156,11 @@ def _carry_out(
     seeds: list[int],
     folder: Path,
     options: Options,
+    start: Mapping[str, dict[str, float]],
     tell: Callable[[str], None],
 ) -> tuple[dict[str, Tuning], dict[str, list[RunResult]]]:
     """What the search found for every method, and its runs with that, one for each seed."""
-    searches = {name: pool.submit(tune, make, folder, options) for name, make in searching.items()}
+    searches = {name: pool.submit(tune, make, folder, options, start.get(name)) for name, make in searching.items()}
     found: dict[str, Tuning] = {}
     finals: dict[str, list[Future[RunResult]]] = {}
     for name, search in searches.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import ConfigError, nearest_hint
 from ..methods import MATRIX_OPTIMIZERS, METHODS, method_problem
-from ..ranges import COUNT, COUNT_OR_0, out_of_range
+from ..ranges import COUNT, COUNT_OR_0, COUNT_OR_SHARE, out_of_range
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ DEFAULT_METHODS = ("dense", "crnet", "cola", "low_rank")
 
 
 RANGES = {
-    **dict.fromkeys(("seeds", "tuning_steps", "validation_blocks", "workers"), COUNT),
+    **dict.fromkeys(("seeds", "validation_blocks", "workers"), COUNT),
     "tuning_runs": COUNT_OR_0,
+    "tuning_steps": COUNT_OR_SHARE,
 }
 """Field of `Options` -> what it may be."""
 
@@ -98,8 +99,8 @@ class Options:
     tuning_runs: int = 9
     """Most runs that the search for the learning rates of one method may take; 0 keeps the recipe's rates."""
 
-    tuning_steps: int | None = None
-    """Steps of such a run; None = a quarter of the recipe's."""
+    tuning_steps: float | None = None
+    """Steps of such a run, or below 1 their share of the recipe's; None = a quarter."""
 
     validation_blocks: int = 128
     """Blocks behind the curves and the search; the final loss is of the whole validation split."""

@@ -30,10 +30,11 @@ class Tuning(TypedDict):
     tried: list[Tried]
 
 
-def tune(make: Callable[..., Job], folder: Path, options: Options) -> Tuning:
-    """The search for one method; `make` makes a run of it with given rates."""
-    start = make(rates={})
-    start_at = start_rates(start.method, start.recipe)
+def tune(make: Callable[..., Job], folder: Path, options: Options, start_at: dict[str, float] | None = None) -> Tuning:
+    """The search for one method; `make` makes a run of it with given rates. It starts at the recipe's, or at these."""
+    if start_at is None:
+        start = make(rates={})
+        start_at = start_rates(start.method, start.recipe)
     if options.tuning_runs == 0:
         return {"rates": start_at, "inside": {}, "tried": []}
 
