@@ -103,7 +103,7 @@ class Study:
             adapter = adapter_of(starts, PROBE_RANK) | {"alpha": PROBE_ALPHA}
             found, trained = measure(key, adapter, self.model, self.options.glue, self.options.work)
             if trained is None:
-                return found
+                sys.exit(f"the probe on {task} diverged at rate {rate:g}: there are no spectra to choose by")
             lost = {
                 name_of(cut): sharing_loss(trained, cut, RANKS[groups]).lost
                 for groups in (1, 2, 3)

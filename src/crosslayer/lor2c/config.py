@@ -42,10 +42,10 @@ class LoR2CConfig(PeftConfig):
         reads: "input" of the block (the paper), or its "output": as many parameters in the same places without the path
             around the block, h_out = h + (lor2c_alpha / r) B(A(dropout(h))) with h = Block(h_in). The ablation of the
             residual; an adapter in series instead of in parallel (arXiv 2110.04366).
-        share_A: True: all blocks use one A and keep their own B (ShareLoR2C). A list shares within groups of neighbouring
-            blocks: the numbers of the blocks at which a new A begins, as [0, 2, 5] for blocks 0-1, 2-4 and 5 to the
-            last. Blocks are counted 0, 1, ... over those that the adapter goes around, in the model's order; [0] is
-            True. `crosslayer.analysis.sharing.share_groups` finds groups from spectra.
+        share_A: True: all blocks use one A and keep their own B (ShareLoR2C). A list shares within groups of
+            neighbouring blocks: the numbers of the blocks at which a new A begins, as [0, 2, 5] for blocks 0-1, 2-4 and
+            5 to the last. Blocks are counted 0, 1, ... over those that the adapter goes around, in the model's order;
+            [0] is True. `crosslayer.analysis.sharing.share_groups` finds groups from spectra.
         injectable: create the pairs that `inject` switches on, one for each inject target of each block. They exist,
             idle, from the start, so that optimizer and checkpoints never change shape. None: true if another
             `inject_*` option is given.
