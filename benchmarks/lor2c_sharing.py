@@ -104,11 +104,9 @@ class Study:
             found, trained = measure(key, adapter, self.model, self.options.glue, self.options.work)
             if trained is None:
                 sys.exit(f"the probe on {task} diverged at rate {rate:g}: there are no spectra to choose by")
-            lost = {
-                name_of(cut): sharing_loss(trained, cut, RANKS[groups]).lost
-                for groups in (1, 2, 3)
-                for cut in cuts(groups)
-            }
+            groupings = [cut for groups in (1, 2, 3) for cut in cuts(groups)]
+            lost = {name_of(cut): sharing_loss(trained, cut, RANKS[len(cut)]).lost for cut in groupings}
+            lost[name_of(None)] = sharing_loss(trained, range(BLOCKS), RANKS[0]).lost
             chosen = {str(groups): share_groups(trained, groups, RANKS[groups]).starts for groups in (2, 3)}
             return {"probe_rank": PROBE_RANK, "lost": lost, "chosen": chosen, **found}
 
