@@ -12,8 +12,8 @@ R_l A_l, [r, d], with B_l = Q_l R_l, have the same row space and singular values
 the eigenvalues of a diagonal block of one Gram matrix of all M_l.
 
 What the spectra say depends on the run they come from. An A of its own begins in r random directions, and a short run
-leaves it close to them: the row spaces of two blocks then differ by chance. A short run with `share_A=True` and a
-larger rank has all blocks read the same directions, and what they take from them can be compared.
+leaves it near them, so that the row spaces of two blocks lie apart mostly by chance. A short run with `share_A=True`
+and a larger rank has all blocks read the same directions, and what they take from them can be compared.
 """
 
 from collections.abc import Sequence
