@@ -23,6 +23,7 @@ import zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run; --workers runs several beside one another
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -88,6 +89,11 @@ def fetch_model(cache: Path) -> Path:
 
 def train(key: dict, model: Path, glue: Path, work: Path) -> dict:
     """One run: its key, and what it measured."""
+    return measure(key, adapter_of(key["method"]), model, glue, work)[0]
+
+
+def measure(key: dict, adapter: dict, model: Path, glue: Path, work: Path) -> tuple[dict, Any]:
+    """(its key and what it measured, the trained model; None where the rate diverges) of one run of an adapter."""
     import torch
 
     torch.set_num_threads(1)
@@ -110,7 +116,7 @@ def train(key: dict, model: Path, glue: Path, work: Path) -> dict:
                 "seed": key["seed"],
                 "cache_dir": str(work / "cache"),
             },
-            "adapter": adapter_of(key["method"]),
+            "adapter": adapter,
             "training": {
                 "num_train_epochs": key["epochs"],
                 "per_device_train_batch_size": key["batch_size"],
@@ -127,9 +133,9 @@ def train(key: dict, model: Path, glue: Path, work: Path) -> dict:
     try:
         measured = train_once(recipe)
     except TrainingError as error:  # a rate that diverges is a result, too
-        return {**key, "metrics": {DECIDING[key["task"]]: 0.0}, "diverged": str(error), "cpu_seconds": 0.0}
-    return {
-        **key,
+        diverged = {"metrics": {DECIDING[key["task"]]: 0.0}, "diverged": str(error), "cpu_seconds": 0.0}
+        return {**key, **diverged}, None
+    found = {
         "metrics": {name: value for name, value in measured.metrics.items() if name != "loss"},
         "loss": measured.metrics["loss"],
         "steps": measured.steps,
@@ -140,6 +146,7 @@ def train(key: dict, model: Path, glue: Path, work: Path) -> dict:
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "seconds": round(time.perf_counter() - wall, 1),
     }
+    return {**key, **found}, measured.attached.model
 
 
 class Results:
@@ -257,16 +264,16 @@ def print_table(runs: list[dict], rates: dict[str, float], methods: list[str]) -
         if not own:
             continue
         trained = own[-1]["trained"]
-        cells = [_mean_and_spread([100 * deciding(run) for run in own if run["task"] == task]) for task in TASKS]
+        cells = [mean_and_spread([100 * deciding(run) for run in own if run["task"] == task]) for task in TASKS]
         by_seed = [[100 * deciding(run) for run in own if run["seed"] == seed] for seed in SEEDS]
         averages = [statistics.mean(values) for values in by_seed if len(values) == len(TASKS)]
         print(
             f"| {method} | {trained['adapter'] + trained['base']:,} | {rates[method]:g} | {' | '.join(cells)} | "
-            f"{_mean_and_spread(averages)} |"
+            f"{mean_and_spread(averages)} |"
         )
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float]) -> str:
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""

@@ -6,6 +6,7 @@ The tables stand with the owners of the fields: train/ranges.py for recipes, cli
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -64,6 +65,14 @@ SHARE = where("a number in [0, 1)", lambda x: 0 <= x < 1)
 PART = where("a number in (0, 1)", lambda x: 0 < x < 1)
 MASS = where("a number in (0, 1]", lambda x: 0 < x <= 1)
 NAME = Range("a text that is not empty", bool)
+
+
+def _are_starts(value: Any) -> bool:
+    is_whole = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+    return is_whole and value[:1] == [0] and all(low < high for low, high in pairwise(value))
+
+
+GROUP_STARTS = Range("a list of the blocks at which a group begins, ascending from 0, as [0, 3]", _are_starts)
 
 
 def out_of_range(values: Mapping[str, Any], ranges: Mapping[str, Range], section: str = "") -> Iterator[str]:

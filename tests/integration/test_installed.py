@@ -66,6 +66,7 @@ NOT_RUN = {
     "python benchmarks/resume_memory.py": CHECKOUT,
     "python benchmarks/plan_limits.py": CHECKOUT,
     "python benchmarks/soak.py --hours 1": CHECKOUT,
+    "python benchmarks/metamathqa.py --peft CHECKOUT -v": CHECKOUT,
     "python benchmarks/gpu.py": CHECKOUT,
     "python benchmarks/gpu.py --expect": CHECKOUT,
     "python benchmarks/seven_billion.py": CHECKOUT,
@@ -139,6 +140,7 @@ PYTHON = {
 PYTHON_NOT_RUN = {
     "inference.md 1": EXTRA,
     "lor2c.md 2": "a line with ... for what is the reader's",
+    "lor2c.md 3": "a line with ... for what is the reader's",
     "new-family.md 1": "files of the checkout: tests/integration/test_new_family.py",
     "new-family.md 2": "files of the checkout: tests/integration/test_new_family.py",
     "new-family.md 3": "files of the checkout: tests/integration/test_new_family.py",

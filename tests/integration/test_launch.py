@@ -84,6 +84,8 @@ def test_two_processes_fine_tune_as_one_does(tmp_path, kind, method, options):
     training = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "logging_steps": 1}
     content = tiny_finetune.tiny_content(tmp_path, model, data, task=kind, **training)
     content["adapter"] |= {"method": method, "dropout": 0.0}
+    if method == "sharelor2c":  # one A of a block, one of several
+        content["adapter"]["share_A"] = [0, 1]
     if method == "imlor2c":  # changes after the first step and the second
         content["adapter"] |= {"interval": 1, "interval_unit": "steps", "max_fuses": 1, "max_injections": 1}
     content["data"] |= {"max_length": 96, "cache_dir": str(tmp_path / "cache")}

@@ -6,6 +6,7 @@ from enum import Enum
 from peft import PeftConfig
 
 from ..errors import ConfigError
+from ..ranges import GROUP_STARTS
 
 READS = ("input", "output")
 
@@ -41,7 +42,10 @@ class LoR2CConfig(PeftConfig):
         reads: "input" of the block (the paper), or its "output": as many parameters in the same places without the path
             around the block, h_out = h + (lor2c_alpha / r) B(A(dropout(h))) with h = Block(h_in). The ablation of the
             residual; an adapter in series instead of in parallel (arXiv 2110.04366).
-        share_A: all blocks use one A and keep their own B (ShareLoR2C).
+        share_A: True: all blocks use one A and keep their own B (ShareLoR2C). A list shares within groups of
+            neighbouring blocks: the numbers of the blocks at which a new A begins, as [0, 2, 5] for blocks 0-1, 2-4 and
+            5 to the last. Blocks are counted 0, 1, ... over those that the adapter goes around, in the model's order;
+            [0] is True. `crosslayer.analysis.sharing.share_groups` finds groups from spectra.
         injectable: create the pairs that `inject` switches on, one for each inject target of each block. They exist,
             idle, from the start, so that optimizer and checkpoints never change shape. None: true if another
             `inject_*` option is given.
@@ -67,7 +71,9 @@ class LoR2CConfig(PeftConfig):
     alpha_pattern: dict = field(default_factory=dict, metadata={"help": "{block: lor2c_alpha}"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
     reads: str = field(default="input", metadata={"help": "The block's `input` (the paper) or `output` (ablation)."})
-    share_A: bool = field(default=False, metadata={"help": "One A for all blocks."})
+    share_A: bool | list[int] = field(
+        default=False, metadata={"help": "One A for all blocks, or the blocks at which a new A begins."}
+    )
     injectable: bool | None = field(default=None, metadata={"help": "Create the pairs that `inject` switches on."})
     inject_r: int | None = field(default=None, metadata={"help": "Rank of an injected pair. None: r // 2."})
     inject_alpha: float | None = field(default=None, metadata={"help": "None: lor2c_alpha."})
@@ -100,6 +106,8 @@ class LoR2CConfig(PeftConfig):
                 problems.append(f"{name}={rank!r} must be a positive integer")
         if not 0 <= self.lor2c_dropout < 1:
             problems.append(f"lor2c_dropout={self.lor2c_dropout!r} must lie in [0, 1)")
+        if not isinstance(self.share_A, bool) and not GROUP_STARTS.holds(self.share_A):
+            problems.append(f"share_A={self.share_A!r} must be true, false or {GROUP_STARTS.words}")
         if self.reads not in READS:
             problems.append(f"reads={self.reads!r} must be one of {', '.join(READS)}")
         if self.target_modules == "all-linear":
@@ -112,6 +120,13 @@ class LoR2CConfig(PeftConfig):
         if not self.injectable and any((self.inject_r, self.inject_alpha, self.inject_target_modules)):
             problems.append("inject_* options are given although injectable=False")
         return problems
+
+    @property
+    def group_starts(self) -> list[int] | None:
+        """Numbers of the blocks whose A is new, shared by the blocks up to the next one; None where none is shared."""
+        if isinstance(self.share_A, bool):
+            return [0] if self.share_A else None
+        return self.share_A
 
     def scaling(self, alpha: float, r: int) -> float:
         """alpha / r, or alpha / sqrt(r) with `use_rslora`."""

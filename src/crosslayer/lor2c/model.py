@@ -7,7 +7,7 @@ for a residual around a whole block, and raises.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -104,13 +104,8 @@ class LoR2CModel(BaseTuner):
                     f"A residual needs input and output of one width, which these blocks do not have: {shown}. Leave "
                     "them out with exclude_modules."
                 )
-        if config.share_A:
-            ranks = {name: _rank(config, name) for name in blocks}
-            if len(set(widths.values())) > 1 or len(set(ranks.values())) > 1:
-                raise ConfigError(
-                    f"share_A needs one width and one rank for all blocks, not widths {sorted(set(widths.values()))} "
-                    f"and ranks {sorted(set(ranks.values()))}. Choose the blocks with target_modules."
-                )
+        if config.group_starts is not None:
+            _check_groups(config.group_starts, list(widths.values()), [_rank(config, name) for name in blocks])
 
     def _width(self, block: nn.Module, name: str, config: LoR2CConfig) -> int:
         """d of the residual stream at a block: what its first linear, or else its first norm, reads."""
@@ -163,7 +158,7 @@ class LoR2CModel(BaseTuner):
             peft_config.scaling(alpha, r),
             peft_config.lor2c_dropout,
             peft_config.init_weights,
-            self._shared_A(adapter_name) if peft_config.share_A else None,
+            self._shared_A(adapter_name, peft_config.group_starts),
             peft_config.reads,
         )
         if peft_config.injectable:
@@ -178,9 +173,13 @@ class LoR2CModel(BaseTuner):
                 if adapter_name in adapters:
                     adapters[adapter_name].requires_grad_(False)
 
-    def _shared_A(self, adapter_name: str) -> nn.Module | None:
-        layers = (module for module in self.model.modules() if isinstance(module, LoR2CLayer))
-        return next((layer.lor2c_A[adapter_name] for layer in layers if adapter_name in layer.lor2c_A), None)
+    def _shared_A(self, adapter_name: str, begins_at: list[int] | None) -> nn.Module | None:
+        """The A of the block before, for the next block to get an adapter; None where its own is new."""
+        if begins_at is None:
+            return None
+        layers = [module for module in self.model.modules() if isinstance(module, LoR2CLayer)]
+        before = [layer.lor2c_A[adapter_name] for layer in layers if adapter_name in layer.lor2c_A]
+        return None if len(before) in begins_at else before[-1]
 
     def _check_merge_allowed(self):
         raise NotImplementedError(MERGE_REASON)
@@ -394,6 +393,23 @@ def _matches(key: str, targets: Any) -> bool:
 
 def _rank(config: LoR2CConfig, key: str) -> int:
     return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+
+
+def _check_groups(begins_at: list[int], widths: list[int], ranks: list[int]) -> None:
+    """Raises where groups of blocks that share an A are not there, or their blocks differ in what A is made of."""
+    if begins_at[-1] >= len(widths):
+        raise ConfigError(
+            f"share_A={begins_at}: there is no block {begins_at[-1]}, the adapter goes around blocks 0 to "
+            f"{len(widths) - 1}."
+        )
+    for first, end in pairwise([*begins_at, len(widths)]):
+        of_group = [sorted(set(values[first:end])) for values in (widths, ranks)]
+        if any(len(values) > 1 for values in of_group):
+            blocks = "all blocks" if begins_at == [0] else f"the blocks of a group, here {first} to {end - 1}"
+            raise ConfigError(
+                f"share_A needs one width and one rank for {blocks}, not widths {of_group[0]} and ranks "
+                f"{of_group[1]}. Choose the blocks with target_modules."
+            )
 
 
 def _shown(targets: Any) -> str:

@@ -7,7 +7,7 @@
 | method | what trains |
 |---|---|
 | lor2c | one low-rank residual around each block |
-| sharelor2c | the same with one A for all blocks |
+| sharelor2c | the same with one A for all blocks, or one for each group of neighbours |
 | mergelor2c | LoR2C, whose neighbouring modules are fused while training |
 | injectlor2c | LoR2C, whose simplest modules give way to LoRA of half the rank on query and value |
 | imlor2c | both |
@@ -25,7 +25,19 @@ from transformers import TrainerControl, TrainerState
 
 from ..errors import ConfigError
 from ..methods import FINETUNING, method_problem
-from ..ranges import ABOVE_0, AT_LEAST_0, COUNT, COUNT_OR_0, LENGTH, SHARE, Range, one_of, or_auto, out_of_range
+from ..ranges import (
+    ABOVE_0,
+    AT_LEAST_0,
+    COUNT,
+    COUNT_OR_0,
+    GROUP_STARTS,
+    LENGTH,
+    SHARE,
+    Range,
+    one_of,
+    or_auto,
+    out_of_range,
+)
 
 FUSING, INJECTING = ("mergelor2c", "imlor2c"), ("injectlor2c", "imlor2c")
 CHANGING = {*FUSING, *INJECTING}
@@ -42,6 +54,7 @@ RANGES = {
         "names of modules, or a regular expression",
         lambda value: bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(map(bool, value)))),
     ),
+    "share_A": GROUP_STARTS,
     "max_fuses": or_auto(COUNT_OR_0),
     "max_injections": or_auto(COUNT_OR_0),
     "interval": COUNT,
@@ -82,6 +95,10 @@ class AdapterConfig:
     reads: str = "input"
     """LoR2C: what a module reads, the block's input or output. output takes its path around the block away and leaves
     its parameters: the ablation of the residual."""
+
+    share_A: list[int] | None = None
+    """sharelor2c: the blocks at which a new A begins, as [0, 2, 5] for blocks 0-1, 2-4 and 5 to the last. None = one A
+    for all blocks."""
 
     max_fuses: int | str | None = None
     """mergelor2c, imlor2c: how often two modules are fused, or auto. None = 1 (the paper's best with 3 injections)."""
@@ -129,6 +146,8 @@ class AdapterConfig:
                 problems.append(f"{name} is for {' and '.join(methods)}, not for method={self.method!r}")
         if self.method in FINETUNING and not self.is_lor2c and self.reads != "input":
             problems.append(f"reads={self.reads!r}: only for LoR2C and its variants, not for method={self.method!r}")
+        if self.method in FINETUNING and self.share_A is not None and self.method != "sharelor2c":
+            problems.append(f"share_A is for sharelor2c, not for method={self.method!r}")
         if self.method in FINETUNING and self.method not in CHANGING:
             idle = [
                 name for name in _OF_CHANGES if getattr(self, name) != type(self).__dataclass_fields__[name].default
@@ -272,7 +291,7 @@ def _lor2c_config(model: Any, adapter: AdapterConfig, task_type: str) -> Any:
         lor2c_dropout=adapter.dropout,
         target_modules=adapter.target_modules,
         reads=adapter.reads,
-        share_A=adapter.method == "sharelor2c",
+        share_A=adapter.share_A or adapter.method == "sharelor2c",
         injectable=adapter.method in INJECTING,
     )
 
