@@ -260,8 +260,8 @@ def closer(by):
     return dict.fromkeys(("spectra/dense_1m.json", "spectra/minilm.json"), edit)
 
 
-SPEED = ("sections", "speed", "dtypes", "float32", "8", "crnet_low_rank", "step_over_none")
-PEAK = ("sections", "peak", "layers", "24", "crnet_low_rank", "temporary")
+SPEED = ("sections", "speed", "dtypes", "float32", "8", "crnet_invert", "step_over_none")
+PEAK = ("sections", "peak", "layers", "24", "crnet_invert", "temporary")
 SAVED = ("sections", "saved", "methods")
 EIGHTH = at("sections", "interval", "errors", "mixed, b=0.5", "8")
 CHOICE = ("choices", "middle_high", "losses"), ("choices", "suggested", "losses")
@@ -301,7 +301,7 @@ CASES = {  # claim: (files with which it holds, files with which it does not)
         {"throughput_cpu.json": at("contenders", "CR-Net", "tokens_per_s")(speed)} for speed in (1e4, 1.0)
     ),
     "activation_memory": tuple({"memory_cpu.json": at(*PEAK)(size)} for size in (-220_000_000, 1e9)),
-    "recomputation": tuple({"memory_cpu_8_layers.json": at(*SPEED)(over)} for over in (1.01, 1.4)),
+    "recomputation": tuple({"memory_cpu.json": at(*SPEED)(over)} for over in (1.01, 1.4)),
     "inversion": ({"memory_cpu.json": EIGHTH(1e-9)}, {"memory_cpu.json": EIGHTH(1.0)}),
     "learnable_b": (ablation("b = 1, fixed", WORSE), ablation("b = 1, fixed", BETTER)),
     "carried_term": (ablation("no carried term", DIVERGED), ablation("no carried term", BETTER)),
@@ -331,7 +331,7 @@ CASES = {  # claim: (files with which it holds, files with which it does not)
     "faster_than_llama": ({}, {"throughput_cpu.json": at("contenders", "CR-Net", "speed_over_llama")(1.5)}),
     "time_saved": ({}, {"compare_1m.json": at("methods", "crnet", "seconds")(times(2))}),
     "activations": ({}, {"memory_cpu.json": at(*SAVED, "crnet", "growth_h")(20.0)}),
-    "invert": tuple({"memory_cpu_8_layers.json": at(*SPEED)(over)} for over in (1.01, 1.4)),
+    "invert": tuple({"memory_cpu.json": at(*SPEED)(over)} for over in (1.01, 1.4)),
     "reversible": ({}, {"memory_cpu.json": at(*SAVED, "crnet_reversible_whole", "growth_h")(1.0)}),
     "resumed": ({}, {"kills.json": at("sections", "kills", "runs")([{"differences": ["final loss"]}])}),
     "suggested_ranks": tuple({"rank_suggestion.json": at(*CHOICE[1])(plus(by))} for by in (-1, 1)),
