@@ -14,6 +14,8 @@ that with --workers 2.
 import argparse
 import os
 import statistics
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,20 @@ def content_for(changes: dict[str, Any], base: dict[str, Any], rates: dict[str, 
         del content["model"]["rank"]
     factors = {FACTORS[kind]: rate / base["training"]["learning_rate"] for kind, rate in (rates or {}).items()}
     return {**content, "parameter_groups": {**base["parameter_groups"], **factors}}
+
+
+def rates_of(given: Sequence[float] | None, earlier: ResultFile) -> dict[str, float]:
+    """The rates that a study of CR-Net starts from: of `earlier`, its own sections; else as given on the command line,
+    of embeddings, factors and full-rank matrices; else those that this script found, from its result."""
+    if "settings" in earlier:
+        return earlier["settings"]["rates"]
+    if given is not None:
+        return dict(zip(("embedding", "low_rank", "full_rank"), given, strict=True))
+    path = Path(__file__).parent / "results" / "ablations.json"
+    found = ResultFile(path, "")
+    if "CR-Net" not in found:
+        sys.exit(f"{path.name} has no rates of CR-Net; run ablations.py first, or give --rates 0.032 0.004 0.0004")
+    return found["CR-Net"]["result"]["rates"]
 
 
 def tuned(content: dict[str, Any], options):
