@@ -100,13 +100,17 @@ def content_for(changes: dict[str, Any], base: dict[str, Any], rates: dict[str, 
     return {**content, "parameter_groups": {**base["parameter_groups"], **factors}}
 
 
-def rates_of(given: Sequence[float] | None, earlier: ResultFile) -> dict[str, float]:
-    """The rates that a study of CR-Net starts from: of `earlier`, its own sections; else as given on the command line,
-    of embeddings, factors and full-rank matrices; else those that this script found, from its result."""
-    if "settings" in earlier:
-        return earlier["settings"]["rates"]
-    if given is not None:
-        return dict(zip(("embedding", "low_rank", "full_rank"), given, strict=True))
+def rates_of(given: Sequence[float] | None, begun: ResultFile) -> dict[str, float]:
+    """The rates of a study that starts from CR-Net's: of embeddings, factors and full-rank matrices as given on the
+    command line, else as this script found them; those that the study has `begun` with, once it has."""
+    rates = dict(zip(("embedding", "low_rank", "full_rank"), given, strict=True)) if given else None
+    if "settings" in begun:
+        known = begun["settings"]["rates"]
+        if rates not in (None, known):
+            sys.exit(f"{begun.path.name} was begun with the rates {known}; leave --rates out, or give another --out")
+        return known
+    if rates is not None:
+        return rates
     path = Path(__file__).parent / "results" / "ablations.json"
     found = ResultFile(path, "")
     if "CR-Net" not in found:

@@ -1,6 +1,7 @@
 """How far the learning rates of CR-Net may be raised until a run of ten fails, and what moves that limit.
 
     python benchmarks/stability.py --train train.jsonl.gz --validation valid.jsonl.gz
+    python benchmarks/stability.py --write    puts the table of its result into docs/ablations.md
 
 The shape and the text are those of ablations.py; runs are short, 150 steps of 8 x 128 tokens after 15 of warm-up, with
 a cosine down to a tenth. All rates are multiplied alike, by powers of two, from those that ablations.py found (its
@@ -19,24 +20,28 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from ablations import BLOCKS, as_recipe, base_content, content_for, rates_of
-from result_file import ResultFile
 from transformers import TrainerCallback
 
+from ablations import BLOCKS, as_recipe, base_content, content_for, rates_of
 from crosslayer.crnet import CrossLayerLinear
+from page_tables import filled, table
+from result_file import ResultFile
 
 STEPS, WARMUP, BLOCK_SIZE = 150, 15, 128
-MULTIPLES = tuple(2.0**power for power in range(-1, 8))
-SEEDS, LOSS_SEEDS, TIMED_STEPS, TURNS = tuple(range(10)), (0, 1, 2), 30, 5
+MULTIPLES, BELOW = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), 0.5  # losses are measured at half the rates too
+SEEDS, LOSS_SEEDS, TIMED_STEPS, TURNS = tuple(range(10)), (0, 1, 2), 30, 3
+SHOWN = (1.0, 2.0, 4.0, 8.0)
+ITERATIONS, FIRST_ITERATIONS = 2, 20  # of the power method: in a step, and where a vector is new
+PAGE = Path(__file__).parents[1] / "docs" / "ablations.md"
+RESULTS = Path(__file__).parent / "results" / "stability.json"
 COMMAND = "python benchmarks/stability.py --train FILE --validation FILE"
-POWER_ITERATIONS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,7 @@ class Variant:
 
 
 class NormalizedIncrement(CrossLayerLinear):
-    """Y_l = b Y_{l-1} + rms(X A) B: each token's X A is divided by its root mean square over the rank; B has the scale."""
+    """Y_l = b Y_{l-1} + (X A / rms(X A)) B: X A of a token is divided by its root mean square over the rank."""
 
     def activate(self, low_rank: torch.Tensor) -> torch.Tensor:
         """X A / rms(X A): [..., r]."""
@@ -92,10 +97,10 @@ class BoundedProducts(TrainerCallback):
         """||A B|| of each, from below: [linears]."""
         grams = torch.stack([linear.B.weight.T @ linear.B.weight for linear in linears])
         grams = grams @ torch.stack([linear.A.weight @ linear.A.weight.T for linear in linears])
-        iterations = POWER_ITERATIONS
+        iterations = ITERATIONS
         if self.vector is None:
             generator = torch.Generator().manual_seed(0)
-            self.vector, iterations = torch.randn(*grams.shape[:2], 1, generator=generator), 10 * POWER_ITERATIONS
+            self.vector, iterations = torch.randn(*grams.shape[:2], 1, generator=generator), FIRST_ITERATIONS
         for _ in range(iterations):
             found = grams @ self.vector
             length = found.norm(dim=1, keepdim=True)
@@ -107,7 +112,7 @@ def bound_products(bound: float) -> Callable[[Any], None]:
     return lambda trainer: trainer.add_callback(BoundedProducts(bound))
 
 
-BOUNDS = (1.0, 2.0)
+BOUNDS = (1.0, 2.0)  # after a plain run at the rates found the median of ||A B|| is 0.8 and the largest 1.7
 VARIANTS = {
     "plain": Variant(),
     "beta's rate x 0.1": Variant(beta_factor=0.1),
@@ -157,7 +162,7 @@ class Study:
         variant = VARIANTS[name]
         return run_once(self.job(variant, multiple, seed), folder, variant.change)["loss"]
 
-    @cache
+    @cached_property
     def unigram_loss(self) -> float:
         """Nats per token of the validation blocks under the training text's frequencies, one added to each count."""
         import numpy as np
@@ -174,7 +179,7 @@ class Study:
         return float(-np.log(counts / counts.sum())[labels[labels >= 0]].mean())
 
     def trains(self, loss: float | None) -> bool:
-        return loss is not None and loss < self.unigram_loss()
+        return loss is not None and loss < self.unigram_loss
 
     def measure_variant(self, name: str) -> dict[str, Any]:
         """The limit of a variant, and its losses at every multiple."""
@@ -190,7 +195,7 @@ class Study:
 
         first_failing = bisect_left(self.multiples, True, key=fails)
         means = {}
-        for multiple in self.multiples[: first_failing + 1]:
+        for multiple in (BELOW, *self.multiples[: first_failing + 1]):
             losses = [self.run(name, multiple, seed) for seed in self.loss_seeds]
             means[multiple] = None if None in losses else statistics.mean(losses)
         finite = {multiple: loss for multiple, loss in means.items() if loss is not None}
@@ -209,7 +214,7 @@ class Study:
         return {"multiple": multiple, "losses": losses, "loss_mean": statistics.mean(losses)}
 
     def measure_norms(self) -> dict[str, Any]:
-        """||A B|| of every cross-layer linear after a plain run at the rates found: what bounds are to be seen beside."""
+        """||A B|| of the cross-layer linears after a plain run at the rates found, to choose bounds by."""
         from crosslayer.compare.runs import run_once
 
         found: list[Any] = []
@@ -251,10 +256,32 @@ class Study:
             "multiples": list(self.multiples),
             "seeds": list(self.seeds),
             "loss_seeds": list(self.loss_seeds),
-            "unigram_loss": self.unigram_loss(),
+            "unigram_loss": self.unigram_loss,
             "norms_of_products": self.measure_norms(),
             "texts": {"train": self.options.train.name, "validation": self.options.validation.name},
         }
+
+
+def limits(path: Path = RESULTS) -> str:
+    """The table of a result: what has been measured of it."""
+    results = ResultFile(path, "")
+    rows = []
+    for name in VARIANTS:
+        if name not in results:
+            continue
+        section = results[name]
+        limit, more = section["largest_multiple"], " or more" if section["is_at_end_of_grid"] else ""
+        means = {point["multiple"]: point["loss_mean"] for point in section["losses"]}
+        best = section["best"]
+        cells = ["–" if best is None else f"{best['loss_mean']:.3f} ({best['multiple']:g})"]
+        cells += ["–" if means.get(multiple) is None else f"{means[multiple]:.3f}" for multiple in SHOWN]
+        time = f"{results['time']['over_plain'][name]:.2f}" if "time" in results else "–"
+        rows.append([name, "below 1" if limit is None else f"{limit:g}{more}", *cells, time])
+    header = ["", "all ten train up to", "best loss (at)", *(f"loss at {multiple:g}" for multiple in SHOWN)]
+    return table([*header, "time of a step"], rows)
+
+
+TABLES = {"stability": limits}
 
 
 def draw(results: ResultFile, path: Path) -> None:
@@ -287,17 +314,21 @@ def draw(results: ResultFile, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--validation", type=Path, required=True)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--validation", type=Path)
     parser.add_argument("--rates", type=float, nargs=3, help="of embeddings, factors and full-rank matrices")
     parser.add_argument("--only", choices=VARIANTS, nargs="+", default=list(VARIANTS), help="some of the variants")
     parser.add_argument("--work", type=Path, default=Path("runs/stability"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "stability.json")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="a few steps each")
+    parser.add_argument("--write", action="store_true", help=f"write the table into docs/{PAGE.name}")
     options = parser.parse_args()
+    if options.write:
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), TABLES, PAGE.name), encoding="utf-8")
+        return
     for path in (options.train, options.validation):
-        if not path.is_file():
-            parser.error(f"{path} does not exist")
+        if path is None or not path.is_file():
+            parser.error("give --train and --validation" if path is None else f"{path} does not exist")
 
     torch.set_num_threads(1)
     from crosslayer.cli.common import quiet_libraries
