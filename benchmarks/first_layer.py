@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ablations import BLOCKS, SEEDS, SHAPE, TUNING_SEED, TUNING_SHARE, as_recipe, base_content, content_for, rates_of
+from ablations import BLOCKS, SEEDS, SHAPE, TUNING_SEED, TUNING_SHARE, as_recipe, base_content, content_for, equal_rank, rates_of
 from crosslayer.crnet import LowRankLinear
 from page_tables import filled, table
 from result_file import ResultFile
@@ -36,7 +36,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "ablations.md"
 RESULTS = Path(__file__).parent / "results" / "first_layer.json"
 COMMAND = "python benchmarks/first_layer.py --train FILE --validation FILE"
 FACTORS = (1.0, 0.5, 2.0)
-EQUAL = {"first_layer_rank": None, "rank": None}  # `equal_rank` of ablations.py fills them in
+EQUAL = {"first_layer_rank": None, "rank": None}  # the rank that `equal_rank` of ablations.py gives
 FINALISTS = 2
 
 
@@ -169,6 +169,7 @@ class Study:
     def __init__(self, options, rates: dict[str, float]) -> None:
         self.options, self.rates = options, rates
         self.base = base_content(options)
+        self.rank = equal_rank(self.base)
         self.steps = self.base["training"]["max_steps"]
         self.seeds = SEEDS[:2] if options.smoke else SEEDS
 
@@ -179,8 +180,7 @@ class Study:
 
         contender, folder = CONTENDERS[name], self.options.work / "runs" / "".join(filter(str.isalnum, name))
         folder.mkdir(parents=True, exist_ok=True)
-        content = content_for(contender.model, self.base, None)
-        rank = content["model"].get("first_layer_rank")
+        content = self.content(name)
         if contender.full_rank_share:
             del content["model"]["first_layer_rank"]
         job = Job(
@@ -192,7 +192,11 @@ class Study:
             validation_blocks=BLOCKS,
             whole_validation=whole,
         )
-        return run_once(job, folder, partial(prepare, contender=contender, rank=rank, steps=job.steps))
+        return run_once(job, folder, partial(prepare, contender=contender, rank=self.rank, steps=job.steps))
+
+    def content(self, name: str) -> dict[str, Any]:
+        """The recipe of a contender."""
+        return content_for({field: rank or self.rank for field, rank in CONTENDERS[name].model.items()}, self.base, None)
 
     def screen(self, name: str) -> dict[str, Any]:
         """A contender's losses after a fifth of the steps."""
@@ -225,8 +229,7 @@ class Study:
         from crosslayer.train.run import build_model, build_model_config
 
         contender = CONTENDERS[name]
-        recipe = as_recipe(content_for(contender.model, self.base, None))
-        model = build_model(build_model_config(recipe), 0)
+        model = build_model(build_model_config(as_recipe(self.content(name))), 0)
         alter(model, contender)
         outside = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
         return sum(p.numel() for p in model.parameters() if all(p is not other for other in outside))
@@ -254,11 +257,10 @@ def alter(model: nn.Module, contender: Contender) -> None:
         setattr(parent, name, contender.alter(linear))
 
 
-def prepare(trainer: Any, contender: Contender, rank: int | None, steps: int) -> None:
+def prepare(trainer: Any, contender: Contender, rank: int, steps: int) -> None:
     """Makes a Trainer a contender's."""
     alter(trainer.model, contender)
     if contender.full_rank_share:
-        assert rank is not None
         trainer.add_callback(FactorizeFirstLayer(max(1, round(contender.full_rank_share * steps)), rank))
     if contender.rate_factor != 1:
         slow_down(trainer, contender.rate_factor)
