@@ -114,7 +114,7 @@ def rates_of(given: Sequence[float] | None, begun: ResultFile) -> dict[str, floa
     path = Path(__file__).parent / "results" / "ablations.json"
     found = ResultFile(path, "")
     if "CR-Net" not in found:
-        sys.exit(f"{path.name} has no rates of CR-Net; run ablations.py first, or give --rates 0.032 0.004 0.0004")
+        sys.exit(f"{path.name} has no rates of CR-Net; run ablations.py first, or give --rates 0.032 0.004 0.0008")
     return found["CR-Net"]["result"]["rates"]
 
 

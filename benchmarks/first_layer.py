@@ -27,7 +27,18 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ablations import BLOCKS, SEEDS, SHAPE, TUNING_SEED, TUNING_SHARE, as_recipe, base_content, content_for, equal_rank, rates_of
+from ablations import (
+    BLOCKS,
+    SEEDS,
+    SHAPE,
+    TUNING_SEED,
+    TUNING_SHARE,
+    as_recipe,
+    base_content,
+    content_for,
+    equal_rank,
+    rates_of,
+)
 from crosslayer.crnet import LowRankLinear
 from page_tables import filled, table
 from result_file import ResultFile
@@ -196,7 +207,9 @@ class Study:
 
     def content(self, name: str) -> dict[str, Any]:
         """The recipe of a contender."""
-        return content_for({field: rank or self.rank for field, rank in CONTENDERS[name].model.items()}, self.base, None)
+        return content_for(
+            {field: rank or self.rank for field, rank in CONTENDERS[name].model.items()}, self.base, None
+        )
 
     def screen(self, name: str) -> dict[str, Any]:
         """A contender's losses after a fifth of the steps."""
