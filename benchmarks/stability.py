@@ -317,6 +317,7 @@ def draw(results: ResultFile, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("multiple of all learning rates")
         axes.grid(alpha=0.3)
+    limit.set_xlim(loss.get_xlim())
     loss.legend(frameon=False, fontsize="small")
     figure.savefig(path)
 
