@@ -14,6 +14,8 @@ that with --workers 2.
 import argparse
 import os
 import statistics
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,24 @@ def content_for(changes: dict[str, Any], base: dict[str, Any], rates: dict[str, 
         del content["model"]["rank"]
     factors = {FACTORS[kind]: rate / base["training"]["learning_rate"] for kind, rate in (rates or {}).items()}
     return {**content, "parameter_groups": {**base["parameter_groups"], **factors}}
+
+
+def rates_of(given: Sequence[float] | None, begun: ResultFile) -> dict[str, float]:
+    """The rates of a study that starts from CR-Net's: of embeddings, factors and full-rank matrices as given on the
+    command line, else as this script found them; those that the study has `begun` with, once it has."""
+    rates = dict(zip(("embedding", "low_rank", "full_rank"), given, strict=True)) if given else None
+    if "settings" in begun:
+        known = begun["settings"]["rates"]
+        if rates not in (None, known):
+            sys.exit(f"{begun.path.name} was begun with the rates {known}; leave --rates out, or give another --out")
+        return known
+    if rates is not None:
+        return rates
+    path = Path(__file__).parent / "results" / "ablations.json"
+    found = ResultFile(path, "")
+    if "CR-Net" not in found:
+        sys.exit(f"{path.name} has no rates of CR-Net; run ablations.py first, or give --rates 0.032 0.004 0.0008")
+    return found["CR-Net"]["result"]["rates"]
 
 
 def tuned(content: dict[str, Any], options):

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -264,6 +265,266 @@ def test_ablations(script, ablation_options, tmp_path, monkeypatch, capsys):
 
     values, _ = crnet.learnable_b(claim.Results(out.parent))
     assert values["crnet"].startswith(f"{sections['CR-Net']['result']['loss_mean']:.4f} ± ")
+
+
+# first_layer
+
+
+def first_layer_models(first_layer, options, *names):
+    """Built models of contenders, altered."""
+    from crosslayer.train.run import build_model, build_model_config
+
+    study = first_layer.Study(options, {})
+    for name in names:
+        model = build_model(build_model_config(first_layer.as_recipe(study.content(name))), 0)
+        first_layer.alter(model, first_layer.CONTENDERS[name])
+        yield model
+
+
+def test_first_layers_have_equal_parameters(script, ablation_options):
+    first_layer = script("first_layer")
+    study = first_layer.Study(ablation_options, {})
+    sizes = {name: study.parameters(name) for name in first_layer.CONTENDERS}
+    layer, low_rank = 4 * 64**2 + 3 * 64 * 172, 11 * 64 + 3 * 172
+    others, whole = 13 * 64 + 5 * 7, sizes.pop("full rank (CR-Net)")
+    assert whole == layer + 5 * 16 * low_rank + others
+    assert sizes.pop(first_layer.NOT_EQUAL) == 6 * 16 * low_rank + others
+    assert sizes["low rank"] == sizes["low rank, 30 and 18 above"] == 6 * 20 * low_rank + others
+    assert sizes["plus a diagonal"] - sizes["low rank"] == 7 * 64
+    assert sizes["carries its input"] - sizes["low rank"] == 7
+    assert all(size == pytest.approx(whole, rel=0.01) for size in sizes.values())
+
+
+def test_first_layers_start_as_they_say(script, ablation_options):
+    first_layer = script("first_layer")
+    names = ("low rank", "orthogonal start", "spectral start", "plus a diagonal", "carries its input")
+    models = dict(zip(names, first_layer_models(first_layer, ablation_options, *names), strict=True))
+    up = {name: model.model.layers[0].mlp.up_proj for name, model in models.items()}
+    down = {name: model.model.layers[0].mlp.down_proj for name, model in models.items()}
+    for linear in (up["orthogonal start"], down["orthogonal start"]):
+        for gram in (linear.A.weight @ linear.A.weight.T, linear.B.weight.T @ linear.B.weight):
+            torch.testing.assert_close(gram, gram[0, 0] * torch.eye(20), atol=1e-5, rtol=0)
+    norms = [(linear.B.weight @ linear.A.weight).norm().item() for linear in up.values()]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
+    singular = torch.linalg.svdvals(up["spectral start"].B.weight @ up["spectral start"].A.weight)
+    expected = 0.02 * (64**0.5 + 172**0.5)  # of a dense matrix: its largest, about
+    assert singular[0].item() == pytest.approx(expected, rel=0.1)
+    assert (singular > 1e-5).sum() == 20
+    x = torch.randn(3, 64)
+    wide = torch.cat([x, x, x], dim=-1)[:, :172]  # of gate and up
+    torch.testing.assert_close(up["carries its input"](x), wide)
+    h = torch.randn(3, 172)
+    torch.testing.assert_close(down["carries its input"](h), h[:, :64])
+    for linear, given in ((up["plus a diagonal"], x), (down["plus a diagonal"], h)):
+        torch.testing.assert_close(linear(given), given @ linear.A.weight.T @ linear.B.weight.T)
+        torch.nn.init.normal_(linear.diagonal)
+        matrix = torch.zeros(linear.out_features, linear.in_features)
+        matrix.fill_diagonal_(1.0)
+        matrix[:64, :64] *= linear.diagonal
+        dense = linear.B.weight @ linear.A.weight + matrix
+        torch.testing.assert_close(linear(given), given @ dense.T, atol=1e-5, rtol=1e-4)
+
+
+def test_factorized_is_the_best_of_its_rank(script):
+    weight = torch.randn(30, 12, dtype=torch.float64).float()
+    linear = script("first_layer").factorized(weight, 5)
+    rest = torch.linalg.svdvals(weight)[5:].norm()
+    torch.testing.assert_close((weight - linear.B.weight @ linear.A.weight).norm(), rest)
+    torch.testing.assert_close(linear.A.weight.norm(dim=1), linear.B.weight.norm(dim=0))
+
+
+def test_first_layers_train_as_they_say(script, ablation_options, monkeypatch):
+    """Factors join the optimizer when the full-rank layer ends, and a slower layer has its own rate."""
+    first_layer = script("first_layer")
+    ablation_options.smoke = True
+    study = first_layer.Study(ablation_options, {"embedding": 0.03, "low_rank": 0.004, "full_rank": 0.0004})
+    trainers, prepare = [], first_layer.prepare
+
+    def watched(trainer, **settings):
+        trainers.append(trainer)
+        prepare(trainer, **settings)
+
+    monkeypatch.setattr(first_layer, "prepare", watched)
+    half = first_layer.Contender(model=first_layer.EQUAL, full_rank_share=0.5)
+    monkeypatch.setitem(first_layer.CONTENDERS, "half", half)
+    study.run("half", 1.0, 0, True)
+    study.run("a quarter of the rate", 2.0, 0, True)
+    linear = trainers[0].model.model.layers[0].mlp.up_proj
+    optimizer = trainers[0].own_optimizer()
+    groups = {group["name"]: group["params"] for group in optimizer.param_groups}
+    assert groups["full_rank"] == []
+    assert len(groups["low_rank"]) == 6 * 7 * 2
+    assert linear.A.out_features == 20
+    assert optimizer.state[linear.A.weight]["step"] == 3  # of six steps
+    assert optimizer.state.keys() == set(trainers[0].model.parameters())
+    rates = {group["name"]: group["initial_lr"] for group in trainers[1].own_optimizer().param_groups}
+    assert (rates["low_rank"], rates["first_layer"]) == pytest.approx((0.008, 0.002))
+    sizes = {group["name"]: len(group["params"]) for group in trainers[1].own_optimizer().param_groups}
+    assert (sizes["low_rank"], sizes["first_layer"]) == (5 * 7 * 2, 7 * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_first_layer(script, ablation_options, tmp_path, monkeypatch, capsys):
+    first_layer = script("first_layer")
+    kept = ("full rank (CR-Net)", "low rank", "spectral start", "plus a diagonal", "carries its input")
+    monkeypatch.setattr(first_layer, "CONTENDERS", {name: first_layer.CONTENDERS[name] for name in kept})
+    out, texts = tmp_path / "f.json", ("--train", ablation_options.train, "--validation", ablation_options.validation)
+    arguments = (*texts, "--rates", 0.03, 0.004, 0.0004, "--work", ablation_options.work, "--out", out, "--smoke")
+    call(first_layer, monkeypatch, *arguments)
+    sections = json.loads(out.read_text())["sections"]
+    screening = {name: sections[f"screening: {name}"] for name in kept}
+    assert len({section["loss"] for section in screening.values()}) == 5
+    best = min(kept[2:], key=lambda name: screening[name]["loss"])
+    assert best in sections
+    assert sum(name in sections for name in kept) == 4
+    assert sections["low rank"]["rates"]["low_rank"] == 0.004 * screening["low rank"]["best_factor"]
+    assert first_layer.screened(out).count("\n") == 6
+    assert first_layer.trained(out).count("\n") == 5
+    assert str(tmp_path) not in out.read_text()
+    call(first_layer, monkeypatch, *arguments)
+    assert json.loads(out.read_text())["sections"] == sections
+
+
+# stability
+
+
+def test_products_are_bounded(script):
+    from crosslayer.crnet import CrossLayerLinear
+
+    stability = script("stability")
+    torch.manual_seed(0)
+    linears = torch.nn.ModuleList(CrossLayerLinear(12, out, 4) for out in (12, 30, 12, 12))
+    for linear, scale in zip(linears, (0.1, 3.0, 1.5, 0.0), strict=True):
+        linear.B.weight.data.mul_(scale)
+
+    def product(linear):
+        return (linear.B.weight @ linear.A.weight).detach()
+
+    before = [product(linear) for linear in linears]
+    callback, bound = stability.BoundedProducts(0.5), 0.5
+    for _ in range(3):
+        callback.on_optimizer_step(None, None, None, model=linears)
+    for linear, was in zip(linears, before, strict=True):
+        norm = torch.linalg.matrix_norm(was, 2)
+        expected = was * min(1.0, bound / norm) if norm > 0 else was
+        torch.testing.assert_close(product(linear), expected, atol=1e-3, rtol=1e-3)
+    assert sum(torch.linalg.matrix_norm(was, 2) > bound for was in before) == 2
+
+
+def test_normalized_increments(script):
+    from crosslayer import CRNetConfig, CRNetForCausalLM
+
+    stability = script("stability")
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    model = CRNetForCausalLM(CRNetConfig(**shape, num_attention_heads=2, rank=4)).double()
+    for linear in stability.cross_layer_linears(model):
+        torch.nn.init.normal_(linear.B.weight, std=0.1)
+    stability.normalize_increments(argparse.Namespace(model=model))
+    linear = model.model.layers[1].mlp.up_proj
+    x, below = torch.randn(2, 5, 16).double(), torch.randn(2, 5, 24).double()
+    low_rank = x @ linear.A.weight.T
+    rms = (low_rank.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(linear(x, below), (1 + 1e-6) * below + low_rank / rms @ linear.B.weight.T)
+    ids = torch.randint(32, (2, 6))
+    model.train()(ids, labels=ids).loss.backward()
+    ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.eval()(ids, labels=ids).loss.backward()  # plain autograd
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad)
+
+
+def test_a_limit_is_found(script, ablation_options, monkeypatch):
+    """At multiple m all seeds below 40 / m train; a multiple is given up at the first that does not."""
+    stability = script("stability")
+    study = stability.Study(ablation_options, {})
+    study.unigram_loss = 6.0
+    tried = []
+
+    def run(name, multiple, seed):
+        tried.append((multiple, seed))
+        return None if multiple > 20 else 5.0 + abs(multiple - 2) / 100 if seed < 40 / multiple else 6.5
+
+    monkeypatch.setattr(study, "run", run)
+    found = study.measure_variant("plain")
+    assert (found["largest_multiple"], found["is_at_end_of_grid"]) == (4.0, False)
+    tested = {test["multiple"]: test["losses"] for test in found["tested"]}
+    assert {multiple: len(losses) for multiple, losses in tested.items()} == {2.0: 10, 4.0: 10, 8.0: 6}
+    assert found["best"]["multiple"] == 2.0
+    assert found["best"]["loss_mean"] == 5.0
+    assert [point["multiple"] for point in found["losses"]] == [0.5, 1.0, 2.0, 4.0, 8.0]
+    monkeypatch.setattr(study, "run", lambda *_: 5.0)
+    assert study.measure_variant("plain")["is_at_end_of_grid"]
+    monkeypatch.setattr(study, "run", lambda *_: None)
+    found = study.measure_variant("plain")
+    assert found["largest_multiple"] is found["best"] is None
+
+
+def test_what_a_unigram_model_loses(script, ablation_options):
+    from crosslayer.data import prepare_data
+
+    stability = script("stability")
+    ablation_options.smoke = True
+    study = stability.Study(ablation_options, {})
+    prepared = prepare_data(stability.as_recipe(study.base).data)
+    counts = dict.fromkeys(range(len(prepared.tokenizer)), 1)
+    for row in prepared.train:
+        for token in row["input_ids"]:
+            counts[token] += 1
+    total, losses = sum(counts.values()), []
+    for row in itertools.islice(prepared.validation, 64):
+        losses += [-math.log(counts[label] / total) for label in row["labels"][1:] if label >= 0]
+    assert study.unigram_loss == pytest.approx(sum(losses) / len(losses))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_stability(script, ablation_options, tmp_path, monkeypatch, capsys):
+    stability = script("stability")
+    kept = ("plain", "beta's rate x 10", "norm of A B at most 1", "normalised increment")
+    monkeypatch.setattr(stability, "VARIANTS", {name: stability.VARIANTS[name] for name in kept})
+    out, texts = tmp_path / "s.json", ("--train", ablation_options.train, "--validation", ablation_options.validation)
+    arguments = (*texts, "--rates", 0.03, 0.004, 0.0004, "--work", ablation_options.work, "--out", out, "--smoke")
+    call(stability, monkeypatch, *arguments)
+    sections = json.loads(out.read_text())["sections"]
+    assert list(sections) == ["settings", *kept, "time"]
+    assert sections["time"]["over_plain"]["plain"] == 1.0
+    losses = {name: sections[name]["losses"][0]["loss_mean"] for name in kept}
+    assert len(set(losses.values())) == 3  # products are below their bound after four steps
+    assert sections["plain"]["tested"][-1]["losses"] == [None]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert stability.limits(out).count("\n") == 5
+    assert str(tmp_path) not in out.read_text()
+    call(stability, monkeypatch, *arguments)
+    assert json.loads(out.read_text())["sections"] == sections
+
+
+@pytest.mark.parametrize("name", ["first_layer", "stability"])
+def test_tables_of_ablations_are_up_to_date(script, name):
+    module, filled = script(name), script("page_tables").filled
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert filled(page, module.TABLES, module.PAGE.name) == page, f"run: python benchmarks/{name}.py --write"
+
+
+def test_rates_of_a_study(script, tmp_path, monkeypatch):
+    """Those it was begun with, else those given, else those that ablations.py found."""
+    ablations, ResultFile = script("ablations"), script("result_file").ResultFile
+    given, mine = (1.0, 2.0, 3.0), {"embedding": 4.0, "low_rank": 5.0, "full_rank": 6.0}
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(ablations, "__file__", str(tmp_path / "ablations.py"))
+    file = ResultFile(tmp_path / "r.json", "")
+    with pytest.raises(SystemExit, match="--rates"):
+        ablations.rates_of(None, file)
+    found = {"sections": {"CR-Net": {"result": {"rates": mine}}}}
+    (tmp_path / "results" / "ablations.json").write_text(json.dumps(found))
+    assert ablations.rates_of(None, file) == mine
+    assert ablations.rates_of(given, file) == {"embedding": 1.0, "low_rank": 2.0, "full_rank": 3.0}
+    file.section("settings", lambda: {"rates": mine})
+    assert ablations.rates_of(None, file) == mine
+    with pytest.raises(SystemExit, match="begun with the rates"):
+        ablations.rates_of(given, file)
 
 
 # on_device

@@ -5,6 +5,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -105,8 +106,13 @@ def content_of(job: Job) -> dict[str, Any]:
     return {**content, "training": training}
 
 
-def run_once(job: Job, folder: Path) -> RunResult:
-    """One run; read from its file if it has been made before. A loss of None: the run diverged."""
+def run_once(job: Job, folder: Path, change: Callable[[PretrainTrainer], None] | None = None) -> RunResult:
+    """One run; read from its file if it has been made before. A loss of None: the run diverged.
+
+    Args:
+        change: called with the trainer before its first step. The names of files do not tell of it: runs with a change
+            need a folder of their own.
+    """
     path = folder / f"{job.key}.json"
     before = read_json(path)
     if before is not None:
@@ -132,6 +138,8 @@ def run_once(job: Job, folder: Path) -> RunResult:
         )
         trainer.add_callback(clock)
         trainer.remove_callback(LogLines)  # a line a run is enough
+        if change is not None:
+            change(trainer)
         try:
             trainer.train()
             if job.whole_validation:
