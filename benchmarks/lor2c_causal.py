@@ -204,7 +204,10 @@ def of_peft(model: Any, adapter: dict[str, Any]) -> Any:
 
 
 def bits_per_byte(model: Any, rows: list[dict], bytes_of: list[int], batch_size: int = 32) -> float:
-    """Of the predicted tokens of all rows. The model is left in the mode it was in."""
+    """Of the predicted tokens of all rows; the end of a document costs bits and has no bytes.
+
+    The model is left in the mode it was in.
+    """
     import torch
 
     was_training = model.training
