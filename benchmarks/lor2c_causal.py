@@ -46,7 +46,7 @@ BASE = Base(
 SMOKE_BASE = replace(BASE, hidden_size=32, intermediate_size=48, vocabulary=400, block_size=64, steps=4)
 TEXTS = ("gsm8k", "instructions", "python")
 TUNING_TEXT, TUNING_SEED, SEEDS = "gsm8k", 100, (0, 1, 2)
-PYTHON_BYTES = 1_500_000
+PYTHON_BYTES = 3_000_000
 """Of the standard library, whole files in an order drawn once: many times what a run reads."""
 
 LORA = {"target_modules": ["q_proj", "v_proj"]}
@@ -104,8 +104,9 @@ class Texts:
             random.Random(0).shuffle(documents)
             rows = self._answered if text == "instructions" else self._packed
             held_out = max(1, len(documents) // 10)
-            validation = rows(documents[:held_out])[: self.length.validation_rows]
-            self._known[text] = rows(documents[held_out:]), validation
+            validation = rows(documents[:held_out])
+            some = random.Random(1).sample(validation, min(self.length.validation_rows, len(validation)))
+            self._known[text] = rows(documents[held_out:]), some
         return self._known[text]
 
     def _gsm8k(self) -> list[str]:
@@ -138,7 +139,7 @@ class Texts:
         return [{"input_ids": ids, "attention_mask": [1] * size, "labels": ids} for ids in blocks]
 
     def _answered(self, pairs: list[tuple[str, str]]) -> list[dict[str, list[int]]]:
-        """A prompt and its answer each, cut or filled up; the prompt is not predicted. Prompts too long are left out."""
+        """A prompt and its answer each, cut or filled up; only answers are predicted. Long prompts are left out."""
         size, pad, end = self.length.tokens, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         rows = []
         for prompt, answer in pairs:
@@ -215,7 +216,9 @@ def bits_per_byte(model: Any, rows: list[dict], bytes_of: list[int], batch_size:
     nats, size = 0.0, 0
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        ids, mask, labels = (torch.tensor([r[name] for r in part]) for name in ("input_ids", "attention_mask", "labels"))
+        ids, mask, labels = (
+            torch.tensor([r[name] for r in part]) for name in ("input_ids", "attention_mask", "labels")
+        )
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids, attention_mask=mask).logits
         nats += torch.nn.functional.cross_entropy(
@@ -424,7 +427,9 @@ def main() -> None:
 
     quiet_libraries()
     command = "python benchmarks/lor2c_causal.py --texts FILE --gsm8k FILE --instructions FILE"
-    results = ResultFile(options.out, "adapters on a small causal model: bits per byte of held-out text", command=command)
+    results = ResultFile(
+        options.out, "adapters on a small causal model: bits per byte of held-out text", command=command
+    )
     if not options.table:
         base, length = (SMOKE_BASE, SMOKE_LENGTH) if options.smoke else (BASE, LENGTH)
         measure(options, results, base, length)

@@ -4,9 +4,10 @@
     python benchmarks/lor2c_gradients.py --pretrain TEXTS --task sst2 --data DIR --rows 2000 --epochs 2 \\
         --out benchmarks/results/lor2c_gradients_24.json
 
-The second form makes its model first: a narrow Llama of 24 blocks, pre-trained on the texts in about five minutes of one
-core, where gradients have far to go. Both methods see the same rows in the same order with the same rank and rate, unclipped. Writes
-benchmarks/results/lor2c_gradients.json and two pictures beside it: the gradients with their ratio, and SFS over steps.
+The second form makes its model first: a narrow Llama of 24 blocks, pre-trained on the texts in about five minutes of
+one core, where gradients have far to go. Both methods see the same rows in the same order with the same rank and rate,
+unclipped. Writes benchmarks/results/lor2c_gradients.json and two pictures beside it: the gradients with their ratio,
+and SFS over steps.
 """
 
 import argparse

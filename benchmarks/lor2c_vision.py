@@ -256,9 +256,7 @@ def draw(results: ResultFile, path: Path) -> None:
     figure.savefig(path)
     if "gradients" in results:
         gradient = results["gradients"]["gradient"]
-        draw_gradient_ratio(
-            path.with_name(f"{path.stem}_gradients.png"), gradient["lor2c"], gradient["lora_same_r"]
-        )
+        draw_gradient_ratio(path.with_name(f"{path.stem}_gradients.png"), gradient["lor2c"], gradient["lora_same_r"])
 
 
 def main() -> None:

@@ -370,9 +370,11 @@ def test_lor2c_causal(script, tmp_path, monkeypatch, capsys):
         ("instructions", [{"instruction": line[:20], "input": "", "output": line} for line in lines]),
     ):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = [part for name in ("texts", "gsm8k", "instructions") for part in (f"--{name}", tmp_path / f"{name}.jsonl")]
     out = tmp_path / "causal.json"
-    arguments = (*files, "--work", tmp_path / "work", "--out", out, "--smoke", "--png", "--methods", "imlor2c", "shadow")
+    names = ("texts", "gsm8k", "instructions")
+    files = [part for name in names for part in (f"--{name}", tmp_path / f"{name}.jsonl")]
+    places = ("--work", tmp_path / "work", "--out", out)
+    arguments = (*files, *places, "--smoke", "--png", "--methods", "imlor2c", "shadow")
     call(causal, monkeypatch, *arguments)
     sections = json.loads(out.read_text())["sections"]
     assert list(sections)[:3] == ["base", "rates of imlor2c", "rates of shadow"]
