@@ -83,7 +83,7 @@ class Length:
     validation_rows: int = 64
 
 
-LENGTH, SMOKE_LENGTH = Length(), Length(steps=4, batch_size=2, tokens=32, every=2, validation_rows=4)
+LENGTH, SMOKE_LENGTH = Length(), Length(steps=4, batch_size=2, tokens=64, every=2, validation_rows=4)
 
 
 class Texts:
