@@ -65,6 +65,7 @@ def main() -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="folder, or a name on the hub")
     model.add_argument("--pretrain", help="a file of texts: make a small model of 24 blocks from it")
+    parser.add_argument("--pretrain_steps", type=int, default=DEEP.steps, help="of 1,024 tokens each")
     parser.add_argument("--work", type=Path, default=Path("runs/lor2c_gradients"), help="of --pretrain")
     parser.add_argument("--task", default="mrpc")
     parser.add_argument("--data", type=Path, help="local folder of the task")
@@ -86,7 +87,7 @@ def main() -> None:
     from result_file import command_of, describe_model
 
     quiet_libraries()
-    base = replace(DEEP, vocabulary=400, steps=4) if options.smoke else DEEP
+    base = replace(DEEP, **({"vocabulary": 400, "steps": 4} if options.smoke else {"steps": options.pretrain_steps}))
     if options.pretrain is not None:
         options.model = str(pretrained(base, options.pretrain, options.work))
     recorders = {method: GradientRecorder() for method in ("lor2c", "lora")}
