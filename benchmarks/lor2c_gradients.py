@@ -1,8 +1,8 @@
 """Gradient per block of LoR2C against LoRA, and SFS of every module, over one fine-tuning run of each.
 
     python benchmarks/lor2c_gradients.py --model FOLDER --task mrpc --data DIR
-    python benchmarks/lor2c_gradients.py --pretrain TEXTS --task sst2 --data DIR --rows 2000 --epochs 2 \\
-        --out benchmarks/results/lor2c_gradients_24.json
+    python benchmarks/lor2c_gradients.py --pretrain TEXTS --task sst2 --data DIR --rows 8000 --epochs 1 \\
+        --learning_rate 0.002 --max_length 64 --out benchmarks/results/lor2c_gradients_24.json
 
 The second form makes its model first: a narrow Llama of 24 blocks, pre-trained on the texts in about five minutes of
 one core, where gradients have far to go. Both methods see the same rows in the same order with the same rank and rate,
