@@ -48,8 +48,12 @@ METHODS = {
     "sharelor2c": R,
     "mergelor2c": R,
     "imlor2c": R,
+    "lora_first_block": R,
+    "lora_later_blocks": R,
 }
-"""Method -> its rank."""
+"""Method -> its rank. The last two ask where LoRA is needed."""
+
+LORA_BLOCKS = {"lora_first_block": [0], "lora_later_blocks": list(range(1, SHAPE["num_hidden_layers"]))}
 
 CENTRES = {"full": 1e-3, "head": 1.6e-2}
 ADAPTER_CENTRE = 4e-3
@@ -147,6 +151,7 @@ def adapted(folder: Path, method: str) -> tuple[Any, list]:
             lora_alpha=16,
             lora_dropout=DROPOUT,
             target_modules=["q_proj", "v_proj"],
+            layers_to_transform=LORA_BLOCKS.get(method),
             modules_to_save=["classifier"],
         )
         return get_peft_model(model, config), []
