@@ -69,7 +69,7 @@ def describe_model(model: str) -> dict[str, str]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def command_of(script: str, settings: dict[str, str]) -> str:
+def command_of(script: str, settings: dict[str, str], of_model: str = "--model MODEL") -> str:
     """The command line of a run with these settings, folders by their options' names."""
     given = [f"--{name} {value}" for name, value in settings.items() if value != "None"]
-    return " ".join(["python", f"benchmarks/{script}", "--model MODEL", "--data DATA", *given])
+    return " ".join(["python", f"benchmarks/{script}", of_model, "--data DATA", *given])

@@ -527,6 +527,177 @@ def test_rates_of_a_study(script, tmp_path, monkeypatch):
         ablations.rates_of(given, file)
 
 
+# studies of adapters
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [(0.004, (1, 4, 16)), (0.0000625, (1 / 64, 1 / 16, 1 / 4, 1, 4, 16)), (1e9, (1, 4, 16, 64, 256, 1024))],
+)
+def test_rates_are_searched_until_the_best_lies_inside(script, best, tried):
+    found = script("adapter_study").tune(lambda rate: {"loss": abs(math.log(rate / best))}, 0.004)
+    assert [rate * 1000 for rate, _ in found["tried"]] == pytest.approx(list(tried))
+    assert found["inside"] is (best < 1)
+    assert found["rate"] == pytest.approx(min(best, 1.024))
+
+
+def test_a_rate_that_diverged_is_not_the_best(script):
+    found = script("adapter_study").tune(lambda rate: {"loss": 1.0 if rate == 1.0 else None}, 1.0)
+    assert found == {"rate": 1.0, "inside": True, "tried": [[0.25, None], [1.0, 1.0], [4.0, None]]}
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    from crosslayer.data.tokenizer import train_tokenizer
+
+    return train_tokenizer(["what is two and two? it is four."] * 9, 300, 64)
+
+
+def test_texts_of_the_causal_study(script, tiny_tokenizer, tmp_path):
+    """Every byte is counted once, prompts are not predicted, and training rows hold nothing of the held-out ones."""
+    causal = script("lor2c_causal")
+    questions = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n} \u00e9"} for n in range(40)]
+    asked = [{"instruction": f"Say {n}.", "input": "", "output": f"{n} " * 3} for n in range(40)]
+    for name, rows in (("gsm8k", questions), ("instructions", asked)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = argparse.Namespace(gsm8k=tmp_path / "gsm8k.jsonl", instructions=tmp_path / "instructions.jsonl")
+    length = causal.Length(tokens=96, validation_rows=3)
+    texts = causal.Texts(options, tiny_tokenizer, length)
+    documents = ["one \u00e9", "two"] * 40
+    rows = texts._packed(documents)
+    predicted = [token for row in rows for token in row["labels"][1:]]
+    stream = "".join(documents).encode()
+    counted = sum(texts.bytes_of[token] for token in predicted)
+    assert len(stream) - 97 < counted <= len(stream)
+    assert all(len(row["input_ids"]) == 96 for row in rows)
+    training, held_out = texts["instructions"]
+    assert (len(training), len(held_out)) == (36, 3)
+    for row in training:
+        text = tiny_tokenizer.decode([token for token in row["labels"] if token != -100], skip_special_tokens=True)
+        whole = tiny_tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        assert whole.endswith(f"### Response:\n{text}")
+        assert text.split() == [text.split()[0]] * 3
+    assert not {tuple(row["input_ids"]) for row in training} & {tuple(row["input_ids"]) for row in held_out}
+
+
+def test_bits_per_byte(script, tiny_tokenizer, tmp_path):
+    """A model that knows nothing: the logarithm of its vocabulary for each token."""
+    causal = script("lor2c_causal")
+    texts = causal.Texts(argparse.Namespace(), tiny_tokenizer, causal.Length(tokens=16))
+    rows = texts._packed(["what is two and two? it is four."] * 4)
+
+    class Uniform(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            return types.SimpleNamespace(logits=torch.zeros(*input_ids.shape, 512))
+
+    size = sum(texts.bytes_of[token] for row in rows for token in row["labels"][1:])
+    model = Uniform().train()
+    assert causal.bits_per_byte(model, rows, texts.bytes_of, 3) == pytest.approx(9 * 15 * len(rows) / size)
+    assert model.training
+
+
+def test_contenders_of_the_causal_study(script, tmp_path):
+    """LoRA with half the rank has LoR2C's parameters; SHADOW has about those of LoRA at the same rank."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    causal = script("lor2c_causal")
+    base = causal.BASE
+    shape = {name: getattr(base, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = LlamaConfig(vocab_size=base.vocabulary, num_attention_heads=4, tie_word_embeddings=True, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    sizes = {
+        name: causal.trained_parameters(causal.adapted(tmp_path, adapter).model)
+        for name, adapter in causal.METHODS.items()
+    }
+    lor2c = 2 * 8 * 256 * 8
+    assert sizes["lor2c"] == sizes["injectlor2c"] == sizes["lora_same_parameters"] == lor2c
+    assert sizes["lora_same_r"] == sizes["rslora"] == 2 * lor2c
+    assert sizes["sharelor2c"] == 8 * 256 * 9
+    assert sizes["dora"] == 2 * lor2c + 2 * 8 * 256
+    assert sizes["shadow"] == pytest.approx(2 * lor2c, rel=0.15)
+    assert sizes["full"] == LlamaForCausalLM(config).num_parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_lor2c_causal(script, tmp_path, monkeypatch, capsys):
+    causal = script("lor2c_causal")
+    folder = write_texts(tmp_path / "texts")
+    lines = [path.read_text() for path in sorted(folder.iterdir())]
+    for name, rows in (
+        ("texts", [{"text": line} for line in lines]),
+        ("gsm8k", [{"question": line[:40], "answer": line} for line in lines]),
+        ("instructions", [{"instruction": line[:20], "input": "", "output": line} for line in lines]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "causal.json"
+    names = ("texts", "gsm8k", "instructions")
+    files = [part for name in names for part in (f"--{name}", tmp_path / f"{name}.jsonl")]
+    places = ("--work", tmp_path / "work", "--out", out)
+    arguments = (*files, *places, "--smoke", "--png", "--methods", "imlor2c", "shadow")
+    call(causal, monkeypatch, *arguments)
+    sections = json.loads(out.read_text())["sections"]
+    assert list(sections)[:3] == ["base", "rates of imlor2c", "rates of shadow"]
+    assert len(sections) == 3 + 2 * 3
+    for section in list(sections.values())[3:]:
+        assert len(section["curves"]) == 3
+        assert len(set(section["bits_per_byte"])) == 3
+        assert list(section["curves"][0]) == ["0", "2", "4"]
+        assert len({curve["0"] for curve in section["curves"]}) == 1
+    assert sections["imlor2c on gsm8k"]["structure"][0]
+    assert str(tmp_path) not in out.read_text()
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "| shadow |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_lor2c_vision(script, tmp_path, monkeypatch, capsys):
+    vision = script("lor2c_vision")
+    monkeypatch.setattr(vision, "SEEDS", (0, 1))
+    out = tmp_path / "vision.json"
+    methods = ("lor2c", "injectlor2c", "lora_same_parameters", "head")
+    call(vision, monkeypatch, "--smoke", "--work", tmp_path / "work", "--out", out, "--methods", *methods)
+    sections = json.loads(out.read_text())["sections"]
+    assert list(sections) == ["base", *methods, "gradients"]
+    assert sections["lor2c"]["trained"] == sections["lora_same_parameters"]["trained"] | {"head": 5 * 65}
+    assert sections["lor2c"]["trained"]["adapter"] == 2 * 4 * 64 * 8
+    assert all(len(row) == 8 for row in sections["gradients"]["ratios"])
+    assert out.with_name("vision_gradients.png").is_file()
+    assert "| head | 0 |" in capsys.readouterr().out
+
+
+def test_digits_of_the_halves_are_others(script):
+    vision = script("lor2c_vision")
+    halves = [vision.digits(classes) for classes in (vision.FIRST_HALF, vision.SECOND_HALF)]
+    assert [len(rows) for rows in halves] == [901, 896]
+    assert all({row["labels"] for row in rows} == set(range(5)) for rows in halves)
+    assert max(row["pixel_values"].max().item() for rows in halves for row in rows) == 1.0
+
+
+@pytest.mark.slow
+def test_gradients_of_a_model_made_for_it(script, tmp_path, monkeypatch, capsys):
+    gradients = script("lor2c_gradients")
+    texts = tmp_path / "texts.jsonl"
+    lines = [path.read_text() for path in sorted(write_texts(tmp_path / "texts").iterdir())]
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    rows = [{"text": line, "label": number % 2} for number, line in enumerate(lines)]
+    for name in ("train", "validation"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "gradients.json"
+    options = ("--task", "classification", "--data", tmp_path / "data", "--rows", 16, "--epochs", 1, "--max_length", 16)
+    call(
+        gradients,
+        monkeypatch,
+        *("--pretrain", texts, "--work", tmp_path / "work", "--out", out, "--smoke", *options),
+    )
+    content = json.loads(out.read_text())
+    assert [len(content["gradient"][method]) for method in ("lor2c", "lora")] == [24, 24]
+    assert content["model"]["num_hidden_layers"] == 24
+    assert str(tmp_path) not in out.read_text()
+    assert "--pretrain TEXTS" in content["run"]["command"]
+
+
 # on_device
 
 

@@ -13,7 +13,13 @@ from peft import (
     inject_adapter_in_model,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SwinConfig,
+    SwinForImageClassification,
+)
 
 from crosslayer import LoR2CConfig, LoR2CModel
 from crosslayer.crnet import CRNetForCausalLM
@@ -360,6 +366,60 @@ def test_compiles_to_one_graph():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert_close(compiled(IDS, use_cache=False).logits, expected)
+
+
+class TestStages:
+    """Swin's widths grow from stage to stage: the residuals go around the blocks within."""
+
+    def swin(self):
+        torch.manual_seed(0)
+        shape = {"image_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8}
+        return SwinForImageClassification(SwinConfig(**shape, depths=[2, 3], num_heads=[2, 2])).eval()
+
+    def test_blocks_of_every_stage_by_default(self):
+        pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        model, plain = with_lor2c(self.swin(), injectable=True).double(), self.swin().double()
+        blocks = AdaptedBlocks(model)
+        stage = "swin.encoder.layers.{}.blocks.{}"
+        assert blocks.names == [stage.format(*place) for place in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2))]
+        blocks.fuse(0, 1)
+        blocks.fuse(3, 4)
+        with pytest.raises(ConfigError, match=r"neighbour"):
+            blocks.fuse(1, 2)
+        held = {}
+        for first, last in ((0, 1), (2, 2), (3, 4)):
+            layer = blocks.layers[first]
+            A, B = layer.lor2c_A["default"].weight, layer.lor2c_B["default"].weight
+            plain.get_submodule(blocks.names[first]).register_forward_pre_hook(
+                lambda block, args, key=last: held.__setitem__(key, args[0])
+            )
+            plain.get_submodule(blocks.names[last]).register_forward_hook(
+                lambda block, args, out, key=last, A=A, B=B: (out[0] + 2.0 * held[key] @ A.T @ B.T, *out[1:])
+            )
+        assert_close(model(pixel_values=pixels).logits, plain(pixel_values=pixels).logits)
+
+    def test_one_width_stays_one_list(self):
+        """Blocks that hold lists of their own, such as experts, are no stages."""
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+
+            def forward(self, x):
+                return sum(expert(x) for expert in self.experts)
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = nn.ModuleList(Block() for _ in range(2))
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = layer(x)
+                return x
+
+        assert AdaptedBlocks(with_lor2c(Net())).names == ["layers.0", "layers.1"]
 
 
 class Widening(nn.Module):

@@ -90,6 +90,7 @@ def draw_gradient_ratio(path: Path, lor2c: Sequence[float], lora: Sequence[float
     figure = Figure(figsize=(8.0, 3.4), dpi=150, layout="constrained")
     size, ratio = figure.subplots(1, 2)
     blocks = range(len(lor2c))
+    ticks = blocks[:: 1 + len(blocks) // 13]
     size.plot(blocks, lor2c, marker="o", label="LoR2C")
     size.plot(blocks, lora, marker="o", label="LoRA")
     size.set_ylabel("root mean square of the gradient")
@@ -100,7 +101,7 @@ def draw_gradient_ratio(path: Path, lor2c: Sequence[float], lora: Sequence[float
     ratio.set_ylabel("LoR2C / LoRA")
     for axes in (size, ratio):
         axes.set_xlabel("block")
-        axes.set_xticks(list(blocks))
+        axes.set_xticks(list(ticks))
         axes.grid(alpha=0.3)
     figure.savefig(path)
     return True
@@ -109,18 +110,22 @@ def draw_gradient_ratio(path: Path, lor2c: Sequence[float], lora: Sequence[float
 def draw_sfs(path: Path, records: Sequence[dict[str, Any]]) -> bool:
     """SFS against steps, one line a module, as a PNG. False, and no file, without matplotlib."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for blocks in sorted({tuple(record["blocks"]) for record in records}):
+    modules = sorted({tuple(record["blocks"]) for record in records})
+    for place, blocks in enumerate(modules):
         own = [(r["step"], r["sfs"]) for r in records if tuple(r["blocks"]) == blocks]
         label = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
-        axes.plot(*zip(*own, strict=True), linewidth=1.2, label=label)
+        colour = colormaps["viridis"](place / max(len(modules) - 1, 1))
+        axes.plot(*zip(*own, strict=True), linewidth=1.2, color=colour, label=label)
     axes.set_xlabel("step")
-    axes.set_ylabel("SFS: share of singular values below the r / 2 largest")
+    axes.set_ylabel("SFS: share of singular values below the r / 2 largest", fontsize="small")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    if modules:
+        figure.legend(loc="outside right center", frameon=False, fontsize="x-small", ncols=1 + len(modules) // 13)
     figure.savefig(path)
     return True

@@ -108,18 +108,11 @@ class LoR2CModel(BaseTuner):
             _check_groups(config.group_starts, list(widths.values()), [_rank(config, name) for name in blocks])
 
     def _width(self, block: nn.Module, name: str, config: LoR2CConfig) -> int:
-        """d of the residual stream at a block: what its first linear, or else its first norm, reads."""
-        if config.hidden_size is not None:
-            return config.hidden_size
-        for module in block.modules():
-            features = linear_features(module)
-            if features is not None:
-                return features[0]
-        for module in block.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, torch.Tensor) and weight.dim() == 1:
-                return len(weight)
-        raise ConfigError(f"The width of {name} cannot be read off its modules: give hidden_size=...")
+        """d of the residual stream at a block."""
+        width = config.hidden_size or _width_read(block)
+        if width is None:
+            raise ConfigError(f"The width of {name} cannot be read off its modules: give hidden_size=...")
+        return width
 
     # Adapters come and go
 
@@ -309,7 +302,10 @@ def lists_of_blocks(model: nn.Module) -> dict[str, int]:
 
 
 def default_lists(model: nn.Module) -> list[str]:
-    """The longest list of blocks; in an encoder-decoder, the longest of each half."""
+    """The longest list of blocks; in an encoder-decoder, the longest of each half.
+
+    Where that is a list of stages whose widths differ, such as Swin's: the list of blocks within each of them.
+    """
     lists = lists_of_blocks(model)
     if not lists:
         return []
@@ -317,7 +313,29 @@ def default_lists(model: nn.Module) -> list[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoder = {name: n for name, n in lists.items() if "decoder" in name.split(".")}
         halves = [{name: n for name, n in lists.items() if name not in decoder}, decoder]
-    return [max(half, key=half.__getitem__) for half in halves if half]
+    longest = [max(half, key=half.__getitem__) for half in halves if half]
+    return [name for outer in longest for name in _within_stages(model, outer)]
+
+
+def _within_stages(model: nn.Module, name: str) -> list[str]:
+    stages: Any = model.get_submodule(name)
+    lists = [lists_of_blocks(stage) for stage in stages]
+    if len({_width_read(stage) for stage in stages}) == 1 or not all(lists):
+        return [name]
+    return [f"{name}.{number}.{max(own, key=own.__getitem__)}" for number, own in enumerate(lists)]
+
+
+def _width_read(block: nn.Module) -> int | None:
+    """What the first linear of a block, or else its first norm, reads."""
+    for module in block.modules():
+        features = linear_features(module)
+        if features is not None:
+            return features[0]
+    for module in block.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 1:
+            return len(weight)
+    return None
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
