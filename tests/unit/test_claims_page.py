@@ -326,6 +326,7 @@ CASES = {  # claim: (files with which it holds, files with which it does not)
     "grid": (grid_cell(0.5), grid_cell(-0.5)),
     "gradients": (gradient([2.0, 1.0]), gradient([1.0, 2.0])),
     "gradients_of_24": (gradient([2.0, 1.0]), gradient([0.9, 0.5])),
+    "on_images": ({"lor2c_vision.json": at("sections", "lor2c", "accuracies")([0.88, 0.87, 0.89])}, {}),
     "residual": (shifted("lor2c_no_residual", -0.5), shifted("lor2c_no_residual", 0.5)),
     "table_of_readme": ({}, {"quality.json": at("methods", "crnet", "perplexities")(plus(1))}),
     "faster_than_llama": ({}, {"throughput_cpu.json": at("contenders", "CR-Net", "speed_over_llama")(1.5)}),
