@@ -21,7 +21,7 @@ class ResultFile:
         self.content: dict[str, Any] = {**known, "what": what, "sections": known.get("sections", {})}
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        return _in_present_names(self.content["sections"][name])
+        return self.content["sections"][name]
 
     def __contains__(self, name: str) -> bool:
         return name in self.content["sections"]
@@ -46,18 +46,6 @@ class ResultFile:
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
         os.replace(unfinished, self.path)
-
-
-RENAMED = {"crnet_low_rank": "crnet_invert", "CR-Net, low_rank": "CR-Net, invert"}
-"""The policy `invert` was called `low_rank` in 0.1. Files keep what they say; who reads them sees the present name."""
-
-
-def _in_present_names(found: Any) -> Any:
-    if isinstance(found, dict):
-        return {RENAMED.get(name, name): _in_present_names(value) for name, value in found.items()}
-    if isinstance(found, list):
-        return [_in_present_names(value) for value in found]
-    return RENAMED.get(found, found) if isinstance(found, str) else found
 
 
 def describe_model(model: str) -> dict[str, str]:

@@ -1,15 +1,20 @@
 """Predicted and measured time of a training step on the CPU at hand, and the tables of docs/roofline.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/roofline.py --measure    measures, and writes results/roofline.json
-    python benchmarks/roofline.py                                prints the tables, from that file and by arithmetic
-    python benchmarks/roofline.py --write                        puts them into the page
+    export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
+    python benchmarks/roofline.py --measure    measures, and writes results/roofline.json
+    python benchmarks/roofline.py              prints the tables, from that file and by arithmetic
+    python benchmarks/roofline.py --write      puts them into the page
+
+The settings of malloc are glibc's: what was freed stays with the process, as allocators made for this keep it.
+Otherwise pages that each step faults in anew are part of its time, and no prediction has them.
 
 One run: the device is measured (`crosslayer bench device`) ahead of each section, contenders take turns in one process,
 and a figure is the median of the turns after a warm-up. A step is forward, loss, backward and AdamW; the loss is taken
-by vocabulary chunks, and predicted so. Sections that do not say so ("loss") were taken with whole logits.
+by vocabulary chunks, and predicted so.
 """
 
 import argparse
+import os
 import statistics
 import time
 from functools import partial
@@ -46,6 +51,7 @@ CONTENDERS = {
     "CR-Net, reversible": ("cross_layer", "reversible"),
 }
 DTYPES = {"float32": "float32", "bfloat16": "bf16"}
+ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
 # Measuring
@@ -98,7 +104,8 @@ def measure(name: str, dtype: str, turns: int, clock: str = "perf_counter") -> d
 
     seconds = take_turns(steps, turns, warm_up=1, before=switch)
     rounded = {each: [round(x, 5) for x in taken] for each, taken in seconds.items()}
-    return {"clock": clock, "loss": LOSS, "rates": rates.to_dict(), "steps": rounded}
+    environment = {setting: os.environ.get(setting) for setting in ENVIRONMENT}
+    return {"clock": clock, "environment": environment, "loss": LOSS, "rates": rates.to_dict(), "steps": rounded}
 
 
 # Predicting
