@@ -66,6 +66,10 @@ NOT_RUN = {
     "python benchmarks/resume_memory.py": CHECKOUT,
     "python benchmarks/plan_limits.py": CHECKOUT,
     "python benchmarks/soak.py --hours 1": CHECKOUT,
+    "python benchmarks/lor2c_causal.py --texts FILE --gsm8k FILE --instructions FILE --png": CHECKOUT,
+    "python benchmarks/lor2c_gradients.py --pretrain TEXTS --task sst2 --data DIR --rows 8000 --epochs 1 "
+    "--learning_rate 0.002 --max_length 64 --out benchmarks/results/lor2c_gradients_24.json": CHECKOUT,
+    "python benchmarks/lor2c_vision.py": CHECKOUT,
     "python benchmarks/metamathqa.py --peft CHECKOUT -v": CHECKOUT,
     "python benchmarks/gpu.py": CHECKOUT,
     "python benchmarks/gpu.py --expect": CHECKOUT,

@@ -5,17 +5,15 @@ for a residual around a whole block, and raises.
 """
 
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice, pairwise
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, ConfigError
 from ..private import excluded_module
@@ -23,11 +21,7 @@ from .blocks import AdaptedBlocks
 from .config import LoR2CConfig
 from .layer import MERGE_REASON, LoR2CLayer, Stack
 from .structure import Criterion, Structure, Survivor
-
-QUERY_NAMES = ("q_proj", "query", "query_proj", "q", "q_lin", "q_a_proj", "to_q")
-VALUE_NAMES = ("v_proj", "value", "value_proj", "v", "v_lin", "kv_a_proj_with_mqa", "to_v")
-FUSED_NAMES = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv")  # one linear for all three
-LISTED = 12  # names that a message lists at most
+from .targets import LISTED, default_lists, inject_targets, lists_of_blocks, out_widths, why_no_block, width_read
 
 
 class LoR2CModel(BaseTuner):
@@ -85,7 +79,7 @@ class LoR2CModel(BaseTuner):
                 f"{config.layers_to_transform!r} matches no block. Lists of blocks in {type(self.model).__name__}: "
                 f"{', '.join(candidates) or 'none'}."
             )
-        unsuitable = {name: why for name, module in found.items() if (why := _why_no_block(module))}
+        unsuitable = {name: why for name, module in found.items() if (why := why_no_block(module))}
         if unsuitable:
             shown = "; ".join(f"{name} {why}" for name, why in islice(unsuitable.items(), LISTED))
             raise ConfigError(f"target_modules must name whole blocks. {shown}.")
@@ -97,7 +91,7 @@ class LoR2CModel(BaseTuner):
     def _check_widths(self, blocks: dict[str, nn.Module], config: LoR2CConfig) -> None:
         widths = {name: self._width(block, name, config) for name, block in blocks.items()}
         if not hasattr(self.model, "config"):  # no library behind it that keeps its residual stream one width
-            uneven = {name: (widths[name], out) for name, out in _out_widths(blocks) if out != widths[name]}
+            uneven = {name: (widths[name], out) for name, out in out_widths(blocks) if out != widths[name]}
             if uneven:
                 shown = ", ".join(f"{name} ({a} -> {b})" for name, (a, b) in islice(uneven.items(), LISTED))
                 raise ConfigError(
@@ -109,7 +103,7 @@ class LoR2CModel(BaseTuner):
 
     def _width(self, block: nn.Module, name: str, config: LoR2CConfig) -> int:
         """d of the residual stream at a block."""
-        width = config.hidden_size or _width_read(block)
+        width = config.hidden_size or width_read(block)
         if width is None:
             raise ConfigError(f"The width of {name} cannot be read off its modules: give hidden_size=...")
         return width
@@ -283,124 +277,6 @@ class _PassNames:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, {**kwargs, "adapter_names": self.names}
-
-
-# Finding blocks and linears
-
-
-def lists_of_blocks(model: nn.Module) -> dict[str, int]:
-    """{name of a list of blocks: its length}: outermost lists of modules that each hold a linear, without being one."""
-    found: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0 or "lor2c" in name.split("."):
-            continue
-        if any(name.startswith(f"{outer}.") for outer in found):
-            continue
-        if all(_why_no_block(child) is None and _has_linear(child) for child in module):
-            found[name] = len(module)
-    return found
-
-
-def default_lists(model: nn.Module) -> list[str]:
-    """The longest list of blocks; in an encoder-decoder, the longest of each half.
-
-    Where that is a list of stages whose widths differ, such as Swin's: the list of blocks within each of them.
-    """
-    lists = lists_of_blocks(model)
-    if not lists:
-        return []
-    halves = [lists]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        decoder = {name: n for name, n in lists.items() if "decoder" in name.split(".")}
-        halves = [{name: n for name, n in lists.items() if name not in decoder}, decoder]
-    longest = [max(half, key=half.__getitem__) for half in halves if half]
-    return [name for outer in longest for name in _within_stages(model, outer)]
-
-
-def _within_stages(model: nn.Module, name: str) -> list[str]:
-    stages: Any = model.get_submodule(name)
-    lists = [lists_of_blocks(stage) for stage in stages]
-    if len({_width_read(stage) for stage in stages}) == 1 or not all(lists):
-        return [name]
-    return [f"{name}.{number}.{max(own, key=own.__getitem__)}" for number, own in enumerate(lists)]
-
-
-def _width_read(block: nn.Module) -> int | None:
-    """What the first linear of a block, or else its first norm, reads."""
-    for module in block.modules():
-        features = linear_features(module)
-        if features is not None:
-            return features[0]
-    for module in block.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dim() == 1:
-            return len(weight)
-    return None
-
-
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) features of a linear of any make, quantised or already adapted; None for anything else."""
-    if isinstance(module, Conv1D):
-        in_features, out_features = module.weight.shape
-        return in_features, out_features
-    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        in_features, out_features = (getattr(module, name, None) for name in names)
-        if isinstance(in_features, int) and isinstance(out_features, int) and not isinstance(module, LoR2CLayer):
-            return in_features, out_features
-    return None
-
-
-def inject_targets(block: nn.Module, name: str, wanted: list[str] | None) -> dict[str, tuple[int, int]]:
-    """{path within the block: (in, out) features} of the linears that an injection puts pairs on.
-
-    By default the first query and the first value of the block (self-attention comes before cross-attention), or the
-    one projection that computes them together: at rank r / 2 either costs as many parameters as the block's module.
-    Raises ConfigError where the block has none of the wanted ones.
-    """
-    linears = {
-        path.replace(".base_layer", ""): features
-        for path, module in block.named_modules()
-        if "lor2c" not in path.split(".") and (features := linear_features(module)) is not None
-    }
-    if wanted is not None:
-        paths = [path for path in linears if any(path == w or path.endswith(f".{w}") for w in wanted)]
-        missing = [w for w in wanted if not any(path == w or path.endswith(f".{w}") for path in linears)]
-    else:
-        paths, missing = [], ["query and value"]
-        for names in ((QUERY_NAMES, VALUE_NAMES), (FUSED_NAMES,)):
-            firsts = [next((path for path in linears if path.rpartition(".")[2] in own), None) for own in names]
-            if all(path is not None for path in firsts):
-                paths, missing = [path for path in firsts if path is not None], []
-                break
-    if missing:
-        raise ConfigError(
-            f"{name} has no linear {', '.join(missing)} to inject into. Its linears: "
-            f"{', '.join(islice(linears, LISTED)) or 'none'}; choose some with inject_target_modules."
-        )
-    return {path: linears[path] for path in paths}
-
-
-def _has_linear(module: nn.Module) -> bool:
-    return any(linear_features(child) is not None for child in module.modules())
-
-
-def _why_no_block(module: nn.Module) -> str | None:
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return f"is a container of {len(module)} modules, not one of them"
-    if isinstance(module, BaseTunerLayer) or linear_features(module) is not None:
-        return f"is a {type(module).__name__}, a linear"
-    if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or not any(
-        True for _ in module.parameters()
-    ):
-        return f"is a {type(module).__name__}, no block"
-    return None
-
-
-def _out_widths(blocks: dict[str, nn.Module]) -> Iterator[tuple[str, int]]:
-    for name, block in blocks.items():
-        features = [linear for module in block.modules() if (linear := linear_features(module)) is not None]
-        if features:
-            yield name, features[-1][1]
 
 
 def _matches(key: str, targets: Any) -> bool:
