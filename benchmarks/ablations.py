@@ -118,6 +118,32 @@ def rates_of(given: Sequence[float] | None, begun: ResultFile) -> dict[str, floa
     return found["CR-Net"]["result"]["rates"]
 
 
+def study_parser(description: str | None, name: str, results: Path) -> argparse.ArgumentParser:
+    """The command line of a study of this shape and text whose tables stand in docs/ablations.md."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--validation", type=Path)
+    parser.add_argument("--rates", type=float, nargs=3, help="of embeddings, factors and full-rank matrices")
+    parser.add_argument("--work", type=Path, default=Path("runs") / name)
+    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--smoke", action="store_true", help="a few steps each")
+    parser.add_argument("--write", action="store_true", help="write what is measured into docs/ablations.md")
+    return parser
+
+
+def begin(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with a line where a text is missing; then one thread, and libraries that say no more than they must."""
+    import torch
+
+    from crosslayer.cli.common import quiet_libraries
+
+    for path in (options.train, options.validation):
+        if path is None or not path.is_file():
+            parser.error("give --train and --validation" if path is None else f"{path} does not exist")
+    torch.set_num_threads(1)
+    quiet_libraries()
+
+
 def tuned(content: dict[str, Any], options):
     """(what the search for the contender's rates found, seed -> the run with them)."""
     from crosslayer.compare import Job, Options
@@ -268,17 +294,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ablations.json")
     parser.add_argument("--smoke", action="store_true", help="a few steps each")
     options = parser.parse_args()
-    for path in (options.train, options.validation):
-        if not path.is_file():
-            parser.error(f"{path} does not exist")
-
-    import torch
-
-    torch.set_num_threads(1)
+    begin(parser, options)
     from crosslayer.cli.common import quiet_libraries
     from crosslayer.compare.pool import Pool
 
-    quiet_libraries()
     what = "validation loss (nats per token) of CR-Net without one of its parts, and by rank"
     results = ResultFile(options.out, what, command=COMMAND)
     base = base_content(options)

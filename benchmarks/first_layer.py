@@ -11,7 +11,6 @@ three seeds, each at its best rate. Every run is a file in the work folder and e
 that the script goes on where it stopped. About 2 hours of one core.
 """
 
-import argparse
 import math
 import os
 import statistics
@@ -35,9 +34,11 @@ from ablations import (
     TUNING_SHARE,
     as_recipe,
     base_content,
+    begin,
     content_for,
     equal_rank,
     rates_of,
+    study_parser,
 )
 from crosslayer.crnet import LowRankLinear
 from page_tables import filled, table
@@ -328,6 +329,8 @@ def trained(path: Path = RESULTS) -> str:
         differences = ", ".join(f"{a - b:+.4f}" for a, b in zip(ours, reference, strict=True))
         perplexity = f"{math.exp(statistics.mean(ours) - statistics.mean(reference)) - 1:+.1%}"
         rows.append([name, f"{section['parameters_without_embeddings']:,}", loss, differences, perplexity])
+    if not rows:
+        return "Not measured yet."
     return table(("first layer", "parameters", "validation loss", "to full rank, by seed", "perplexity"), rows)
 
 
@@ -335,26 +338,12 @@ TABLES = {"first layer, screened": screened, "first layer, trained": trained}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path)
-    parser.add_argument("--validation", type=Path)
-    parser.add_argument("--rates", type=float, nargs=3, help="of embeddings, factors and full-rank matrices")
-    parser.add_argument("--work", type=Path, default=Path("runs/first_layer"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--smoke", action="store_true", help="a few steps each")
-    parser.add_argument("--write", action="store_true", help=f"write the tables into docs/{PAGE.name}")
+    parser = study_parser(__doc__, "first_layer", RESULTS)
     options = parser.parse_args()
     if options.write:
         PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), TABLES, PAGE.name), encoding="utf-8")
         return
-    for path in (options.train, options.validation):
-        if path is None or not path.is_file():
-            parser.error("give --train and --validation" if path is None else f"{path} does not exist")
-
-    torch.set_num_threads(1)
-    from crosslayer.cli.common import quiet_libraries
-
-    quiet_libraries()
+    begin(parser, options)
     what = "validation loss (nats per token) of CR-Nets with equal numbers of parameters, by their first layer"
     results = ResultFile(options.out, what, command=COMMAND)
     study = Study(options, rates_of(options.rates, results))

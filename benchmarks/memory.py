@@ -15,9 +15,8 @@ Sections, in benchmarks/results/memory_cpu.json:
     interval   the largest `reversible` interval whose gradients are still right, and what it keeps, at 48 layers
     interval_deep  the same at 80 layers, those of a LLaMA 70B
 
-The loss is taken by vocabulary chunks; sections that do not say so ("loss") were taken with whole logits. `speed`,
-`policies`, `kept_heap` and `bf16` need a quiet machine. Last, the bars of the project are printed, each
-with its number.
+The loss is taken by vocabulary chunks. `speed`, `policies`, `kept_heap` and `bf16` need a quiet machine. Last, the bars
+of the project are printed, each with its number.
 """
 
 import argparse

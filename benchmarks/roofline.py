@@ -115,12 +115,12 @@ def rates_of(section: dict[str, Any]) -> Rates:
     return Rates(**{name: value for name, value in section["rates"].items() if name not in ("what", "format")})
 
 
-def predict(name: str, dtype: str, contender: str, rates: Rates, fused_loss: bool = True) -> StepTime:
+def predict(name: str, dtype: str, contender: str, rates: Rates) -> StepTime:
     factorization, recompute = CONTENDERS[contender]
     *_, batch, sequence = SHAPES[name]
     shape = Shape.of({"model_type": "llama", **fields_of(name)}).factorized(factorization)
-    kinds = {"fused_norms": False, "fused_loss": fused_loss}
-    step = Step(sequence=sequence, micro_batch=batch, precision=PRECISIONS[DTYPES[dtype]], **kinds)
+    precision = PRECISIONS[DTYPES[dtype]]
+    step = Step(sequence=sequence, micro_batch=batch, precision=precision, fused_norms=False, fused_loss=True)
     return predict_step(shape, step, rates, Method(recompute=recompute))
 
 
@@ -130,9 +130,9 @@ def compared(results: ResultFile) -> dict[tuple[str, str], dict[str, tuple[float
     for dtype in DTYPES:
         for name in SHAPES:
             section = results[f"{dtype} {name}"]
-            rates, chunks = rates_of(section), "loss" in section
+            rates = rates_of(section)
             found[dtype, name] = {
-                contender: (statistics.median(seconds), predict(name, dtype, contender, rates, chunks).seconds)
+                contender: (statistics.median(seconds), predict(name, dtype, contender, rates).seconds)
                 for contender, seconds in section["steps"].items()
             }
     return found

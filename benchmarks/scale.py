@@ -19,7 +19,7 @@ from page_tables import run, table
 PAGE = Path(__file__).parents[1] / "docs" / "many-devices.md"
 MODELS = ("llama_7b", "llama_13b", "llama_70b")
 DEVICES = (1, 8, 64, 512)
-ASKED: dict[str, Any] = {"sequence": 4096, "tokens_per_step": 4e6, "beside": ("dense", "cola")}
+ASKED: dict[str, Any] = {"sequence": 4096, "tokens_per_step": 4e6, "beside": ()}
 SPLIT = "TP x FSDP x DDP"
 MICRO_BATCH = Step(sequence=4096, precision=PRECISIONS["bf16_autocast"], accumulates=True)
 USABLE = 80e9 * (1 - DEFAULT_RESERVE)
@@ -80,12 +80,8 @@ def days() -> str:
     rows = []
     for model in MODELS:
         for gpus in DEVICES:
-            plan = planned(model, gpus)
-            if plan is None:
-                rows.append([title(model), f"{gpus}", *["does not fit"] * 3])
-            else:
-                others = (show_days(best_of(plan.beside[name])) for name in ("cola", "dense"))
-                rows.append([title(model), f"{gpus}", show_days(best_of(plan)), *others])
+            plans = (planned(model, gpus, method=method) for method in ("crnet", "cola", "dense"))
+            rows.append([title(model), f"{gpus}", *(show_days(best_of(plan)) for plan in plans)])
     return table(("", "devices", "CR-Net", "CoLA", "dense"), rows)
 
 
@@ -192,7 +188,7 @@ def other_devices() -> str:
     """7B on a node of eight of other devices."""
     rows = []
     for name in ("b200", "h200", "a100", "l40s", "rtx-4090"):
-        plan = planned("llama_7b", 8, device=name, tokens_per_step=1e6, beside=())
+        plan = planned("llama_7b", 8, device=name, tokens_per_step=1e6)
         best = best_of(plan)
         assert plan is not None
         assert best is not None

@@ -13,7 +13,6 @@ and the time of its steps, in turns with the others. Every run is a file in the 
 the result, so that the script goes on where it stopped. About 1.2 hours of one core.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -29,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import TrainerCallback
 
-from ablations import BLOCKS, as_recipe, base_content, content_for, rates_of
+from ablations import BLOCKS, as_recipe, base_content, begin, content_for, rates_of, study_parser
 from crosslayer.crnet import CrossLayerLinear
 from page_tables import filled, table
 from result_file import ResultFile
@@ -323,27 +322,13 @@ def draw(results: ResultFile, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path)
-    parser.add_argument("--validation", type=Path)
-    parser.add_argument("--rates", type=float, nargs=3, help="of embeddings, factors and full-rank matrices")
+    parser = study_parser(__doc__, "stability", RESULTS)
     parser.add_argument("--only", choices=VARIANTS, nargs="+", default=list(VARIANTS), help="some of the variants")
-    parser.add_argument("--work", type=Path, default=Path("runs/stability"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--smoke", action="store_true", help="a few steps each")
-    parser.add_argument("--write", action="store_true", help=f"write the table into docs/{PAGE.name}")
     options = parser.parse_args()
     if options.write:
         PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), TABLES, PAGE.name), encoding="utf-8")
         return
-    for path in (options.train, options.validation):
-        if path is None or not path.is_file():
-            parser.error("give --train and --validation" if path is None else f"{path} does not exist")
-
-    torch.set_num_threads(1)
-    from crosslayer.cli.common import quiet_libraries
-
-    quiet_libraries()
+    begin(parser, options)
     what = "the largest multiple of its learning rates at which ten runs of CR-Net of ten train, and the loss there"
     results = ResultFile(options.out, what, command=COMMAND)
     study = Study(options, rates_of(options.rates, results))

@@ -4,9 +4,8 @@
 
 One step is forward, backward and AdamW on the same tokens. The contenders take turns within one process, so that a
 change of the machine's speed meets all of them; the figure is the median of the steps after a warm-up, as a ratio to
-transformers' Llama. Every contender takes its loss the same way, by vocabulary chunks; files that do not say so
-("loss") were taken with transformers' own, on whole logits. A step has 8 rows of 256 tokens, as in the default recipe;
-`--batch` takes another number.
+transformers' Llama. Every contender takes its loss the same way, by vocabulary chunks. A step has 8 rows of 256 tokens,
+as in the default recipe; `--batch` takes another number.
 """
 
 import argparse

@@ -1,9 +1,7 @@
 """benchmarks/lor2c_sharing.py: its contenders are equal in size, its runs resumed, its table is theirs."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,13 +9,10 @@ from crosslayer.accounting import lor2c_parameters
 from crosslayer.lor2c import LoR2CConfig
 from lor2c_cases import base_model, with_lor2c
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def study(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("lor2c_sharing")
+def study(script):
+    return script("lor2c_sharing")
 
 
 def test_contenders_are_equal_in_size(study):

@@ -1,20 +1,18 @@
 """What goes into PEFT's comparison of methods: sizes, one step, saving and loading, and the launcher."""
 
-import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmark_scripts import BENCHMARKS
 from crosslayer import LoR2CConfig
 from crosslayer.accounting import lor2c_parameters
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 EXPERIMENTS = BENCHMARKS / "metamathqa" / "experiments" / "lor2c"
 LLAMA_3B = LlamaConfig(
     vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
@@ -31,9 +29,8 @@ sys.exit(3 if "--fail" in sys.argv else 0)
 
 
 @pytest.fixture
-def metamathqa(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("metamathqa")
+def metamathqa(script):
+    return script("metamathqa")
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(32, 28 * 2 * 3072 * 32), (53, 28 * 2 * 3072 * 53)])

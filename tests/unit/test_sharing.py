@@ -1,5 +1,6 @@
 """An A shared within groups of blocks: what an adapter is made of, is saved as, and which groups spectra choose."""
 
+import json
 from itertools import combinations, pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from crosslayer import LoR2CConfig
 from crosslayer.accounting import lor2c_parameters
 from crosslayer.analysis.sharing import share_groups, sharing_loss
-from crosslayer.errors import ConfigError
+from crosslayer.errors import CheckpointError, ConfigError
 from crosslayer.lor2c import AdaptedBlocks
 from crosslayer.train.methods import AdapterConfig, attach
 from lor2c_cases import base_model, inputs_of, move, with_lor2c
@@ -63,6 +64,15 @@ class TestAdapter:
             again = PeftModel.from_pretrained(base_model("llama"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
             assert owners(again) == [0, 0, 1]
             assert torch.equal(logits(again.eval()), logits(model))
+
+    @pytest.mark.parametrize("share_A", [True, [0, 1]])
+    def test_weights_of_other_groups_are_refused(self, share_A, tmp_path):
+        """PEFT saves A with every block, so that a configuration changed by hand would take the last one's."""
+        llama(share_A=[0, 2]).save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"share_A": share_A}))
+        with pytest.raises(CheckpointError, match=r"differ in the adapter, .* set share_A in adapter_config.json"):
+            PeftModel.from_pretrained(base_model("llama"), tmp_path)
 
     def test_beside_another_adapter(self):
         model = llama(share_A=[0, 2])

@@ -58,7 +58,7 @@ DTYPES = ("float32", "bfloat16", "mixed")
 
 
 LOSS = "by vocabulary chunks"
-"""How every contender takes its loss, as result files say; those that do not say it had whole logits."""
+"""How every contender takes its loss, as result files say."""
 
 
 class ChunkedLoss(nn.Module):

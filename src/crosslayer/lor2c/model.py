@@ -311,9 +311,11 @@ def _shown(targets: Any) -> str:
 
 
 def _check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Raises where saved LoR2C weights belong to another base model, before one of them is loaded."""
-    own = {key: value for key, value in model.state_dict().items() if ".lor2c." in key}
+    """Raises where saved LoR2C weights belong to another base model or to other groups of blocks, before one of them is
+    loaded."""
+    own = {key: value for key, value in model.state_dict(keep_vars=True).items() if ".lor2c." in key}
     problems = []
+    copies: dict[int, tuple[str, torch.Tensor]] = {}  # an A that blocks share is saved with each of them
     for key, value in state_dict.items():
         if ".lor2c." not in key:
             continue
@@ -322,6 +324,13 @@ def _check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
             problems.append(f"{key} does not exist here")
         elif here.shape != value.shape:
             problems.append(f"{key} is {list(value.shape)} in the adapter and {list(here.shape)} here")
+        else:
+            other, first = copies.setdefault(id(here), (key, value))
+            if not torch.equal(first, value):
+                raise CheckpointError(
+                    f"{other} and {key} differ in the adapter, but its configuration has these blocks share one A: set "
+                    "share_A in adapter_config.json to what it was when the adapter was saved."
+                )
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise CheckpointError(f"The adapter was made for another base model: {'; '.join(problems[:4])}{more}.")
