@@ -118,12 +118,13 @@ def rates_of(given: Sequence[float] | None, begun: ResultFile) -> dict[str, floa
     return found["CR-Net"]["result"]["rates"]
 
 
-def study_parser(description: str | None, name: str, results: Path) -> argparse.ArgumentParser:
+def study_parser(description: str | None, name: str, results: Path, *, rates: bool = True) -> argparse.ArgumentParser:
     """The command line of a study of this shape and text whose tables stand in docs/ablations.md."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path)
     parser.add_argument("--validation", type=Path)
-    parser.add_argument("--rates", type=float, nargs=3, help="of embeddings, factors and full-rank matrices")
+    if rates:
+        parser.add_argument("--rates", type=float, nargs=3, help="of embeddings, factors and full-rank matrices")
     parser.add_argument("--work", type=Path, default=Path("runs") / name)
     parser.add_argument("--out", type=Path, default=results)
     parser.add_argument("--smoke", action="store_true", help="a few steps each")

@@ -42,9 +42,9 @@ def only(allowed: Any, why: str) -> Range:
     return Range(f"{allowed!r} ({why})", lambda value: value == allowed)
 
 
-def or_auto(kind: Range) -> Range:
-    """A kind of number, or the text auto."""
-    return Range(f"auto, or {kind.words}", lambda value: value == "auto" or kind.holds(value))
+def or_text(text: str, kind: Range) -> Range:
+    """A kind of number, or a text such as auto."""
+    return Range(f"{text}, or {kind.words}", lambda value: value == text or kind.holds(value))
 
 
 LARGEST = 2**63 - 1

@@ -113,7 +113,8 @@ def test_first_layers_have_equal_parameters(script, ablation_options):
 
 def test_first_layers_start_as_they_say(script, ablation_options):
     first_layer = script("first_layer")
-    names = ("low rank", "orthogonal start", "spectral start", "plus a diagonal", "carries its input")
+    dense_norm = "the norm of a dense start"
+    names = ("low rank", "orthogonal start", "spectral start", "plus a diagonal", "carries its input", dense_norm)
     models = dict(zip(names, first_layer_models(first_layer, ablation_options, *names), strict=True))
     up = {name: model.model.layers[0].mlp.up_proj for name, model in models.items()}
     down = {name: model.model.layers[0].mlp.down_proj for name, model in models.items()}
@@ -126,6 +127,8 @@ def test_first_layers_start_as_they_say(script, ablation_options):
     expected = 0.02 * (64**0.5 + 172**0.5)  # of a dense matrix: its largest, about
     assert singular[0].item() == pytest.approx(expected, rel=0.1)
     assert (singular > 1e-5).sum() == 20
+    largest = [torch.linalg.matrix_norm(factor.weight, 2) for factor in (up[dense_norm].A, up[dense_norm].B)]
+    assert torch.stack(largest).prod().item() == pytest.approx(expected, rel=0.1)
     x = torch.randn(3, 64)
     wide = torch.cat([x, x, x], dim=-1)[:, :172]  # of gate and up
     torch.testing.assert_close(up["carries its input"](x), wide)
@@ -185,6 +188,7 @@ def test_first_layer(script, ablation_options, tmp_path, monkeypatch, capsys):
     first_layer = script("first_layer")
     kept = ("full rank (CR-Net)", "low rank", "spectral start", "plus a diagonal", "carries its input")
     monkeypatch.setattr(first_layer, "CONTENDERS", {name: first_layer.CONTENDERS[name] for name in kept})
+    monkeypatch.setattr(first_layer, "FINALISTS", 2)
     out, texts = tmp_path / "f.json", ("--train", ablation_options.train, "--validation", ablation_options.validation)
     arguments = (*texts, "--rates", 0.03, 0.004, 0.0004, "--work", ablation_options.work, "--out", out, "--smoke")
     call(first_layer, monkeypatch, *arguments)
@@ -200,6 +204,33 @@ def test_first_layer(script, ablation_options, tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in out.read_text()
     call(first_layer, monkeypatch, *arguments)
     assert json.loads(out.read_text())["sections"] == sections
+
+
+# starts
+
+
+@pytest.mark.slow
+def test_starts(script, ablation_options, tmp_path, monkeypatch, capsys):
+    starts = script("starts")
+    fields = {field: (methods[:1], values[:2]) for field, (methods, values) in starts.FIELDS.items()}
+    monkeypatch.setattr(starts, "FIELDS", fields)
+    out, texts = tmp_path / "s.json", ("--train", ablation_options.train, "--validation", ablation_options.validation)
+    arguments = (*texts, "--work", ablation_options.work, "--out", out, "--smoke")
+    call(starts, monkeypatch, *arguments)
+    content = json.loads(out.read_text())
+    for field, (methods, values) in fields.items():
+        sections = [content["sections"][f"{field} {value}"] for value in values]
+        found = [section["methods"][method] for section in sections for method in methods]
+        assert [row["model"][field] for row in found] == list(values)
+        assert len({row["losses"][0] for row in found}) == len(values)
+    monkeypatch.setattr(starts, "losses", lambda row: f"{row['losses'][0]:.4f}")  # of one seed there is no deviation
+    page = starts.starts(out)
+    assert page.count("\n") == 5
+    assert "| CoLA | `low_rank_initializer_range` cola |" in page
+    assert str(tmp_path) not in out.read_text()
+    call(starts, monkeypatch, *arguments)
+    assert json.loads(out.read_text()) == content
+    assert starts.starts(tmp_path / "none.json") == "Not measured yet."
 
 
 # stability

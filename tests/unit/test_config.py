@@ -25,6 +25,7 @@ def test_defaults():
         "factorization": "cross_layer",
         "carries": {},
         "increment_activation": None,
+        "low_rank_initializer_range": None,
         "beta_init": 1.0,
         "beta_epsilon": 1e-6,
         "beta_trainable": True,
@@ -164,6 +165,8 @@ def test_first_layer_rank():
         ),
         ({"beta_epsilon": 0.0}, "beta_epsilon=0.0 must be above 0: it keeps b away from zero."),
         ({"beta_epsilon": -1e-6}, "beta_epsilon=-1e-06 must be above 0"),
+        ({"low_rank_initializer_range": 0.0}, "low_rank_initializer_range=0.0 must be above 0."),
+        ({"low_rank_initializer_range": "CoLA"}, "Field 'low_rank_initializer_range' with value 'CoLA'"),
         ({"beta_init": "1"}, "'beta_init'"),
         (
             {"recompute": "sometimes"},

@@ -53,9 +53,7 @@ def test_sampled_statistics(factorization):
             assert (module.beta == 0.75).all(), name
         elif isinstance(module, LowRankLinear):
             seen.add("low_rank")
-            std = (module.A.in_features + module.B.out_features) ** -0.25 * module.A.out_features**-0.25
-            check_normal(module.A.weight, std, name)
-            check_normal(module.B.weight, std, name)
+            check_factors(module, 0.03, name)
         elif isinstance(module, nn.Linear | nn.Embedding) and not name.endswith((".A", ".B")):
             seen.add("dense")
             weight = module.weight[1:] if isinstance(module, nn.Embedding) else module.weight  # row 0 pads
@@ -64,11 +62,35 @@ def test_sampled_statistics(factorization):
     assert seen == expected.get(factorization, {"low_rank", "dense"})
 
 
+def check_factors(linear, std, what):
+    """A and B of one standard deviation, their largest singular values those of a dense matrix of `std`."""
+    A, B = linear.A.weight, linear.B.weight
+    check_normal(A, B.std().item(), what)
+    check_normal(B, B.std().item(), what)
+    dense = torch.empty(linear.out_features, linear.in_features).normal_(std=std)
+    product = torch.linalg.matrix_norm(A, 2) * torch.linalg.matrix_norm(B, 2)
+    assert product.item() == pytest.approx(torch.linalg.matrix_norm(dense, 2).item(), rel=0.08), what
+
+
 def test_low_rank_first_layer_of_cross_layer():
     """Without a carried output there is nothing to copy: a zero B would be a dead layer."""
     first = fresh(first_layer_rank=48).model.layers[0].mlp.down_proj
     assert (first.B.weight.std() > 0).item()
-    check_normal(first.B.weight, (400 + 192) ** -0.25 * 48**-0.25, "B")
+    check_factors(first, 0.03, "first layer")
+
+
+@pytest.mark.parametrize("factorization", ["low_rank", "cola"])
+def test_another_start_of_low_rank(factorization):
+    for given in (0.01, 0.09):
+        model = fresh(factorization=factorization, low_rank_initializer_range=given)
+        check_factors(model.model.layers[1].mlp.up_proj, given, given)
+        check_normal(model.lm_head.weight, 0.03, "head")
+        with pytest.raises(AssertionError):
+            check_factors(model.model.layers[1].mlp.up_proj, 1.2 * given, given)
+    up = fresh(factorization=factorization, low_rank_initializer_range="cola", rank=48).model.layers[1].mlp.up_proj
+    for factor in (up.A, up.B):
+        check_normal(factor.weight, (192 + 400) ** -0.25 * 48**-0.25, "CoLA's")
+    assert (up.B.weight @ up.A.weight).std().item() == pytest.approx((192 + 400) ** -0.5, rel=0.05)
 
 
 def test_layers_start_as_copies():

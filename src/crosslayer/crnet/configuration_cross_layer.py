@@ -34,6 +34,10 @@ class CrossLayerFields:
             not is Y_l = X A B in CR-Net too.
         increment_activation (`str`, *optional*):
             None (the paper) or `"silu"` between A and B of a cross-layer increment (our option).
+        low_rank_initializer_range (`float`, *optional*):
+            How A and B start where nothing is carried: their spectral norms give that of a dense matrix whose numbers
+            have this standard deviation. None: `initializer_range`. `"cola"`: numbers of A B of (in + out)^(-1/2), as
+            in CoLA's code, which is too much for narrow models (our measurement: docs/ablations.md).
         beta_init (`float`, defaults to 1.0):
             Starting value of every beta.
         beta_epsilon (`float`, defaults to 1e-6):
@@ -68,6 +72,7 @@ class CrossLayerFields:
     factorization: Literal["cross_layer", "low_rank", "cola", "dense"] = "cross_layer"
     carries: dict[str, bool] = field(default_factory=dict)
     increment_activation: Literal["silu"] | None = None
+    low_rank_initializer_range: int | float | Literal["cola"] | None = None
     beta_init: int | float = 1.0
     beta_epsilon: int | float = 1e-6
     beta_trainable: bool = True
@@ -180,9 +185,7 @@ class CrossLayerFields:
 
     def validate_architecture(self) -> None:
         """Raises ValueError where fields do not fit one another; `Raises` of the class lists them."""
-        check = getattr(super(), "validate_architecture", None)
-        if check is not None:
-            check()
+        getattr(super(), "validate_architecture", lambda: None)()
         for name in self.unsupported:
             if value := getattr(self, name):
                 raise ValueError(f"{name}={value!r} is not supported by {type(self).__name__}; leave it out.")
@@ -208,6 +211,9 @@ class CrossLayerFields:
             )
         if not self.beta_epsilon > 0:
             raise ValueError(f"beta_epsilon={self.beta_epsilon} must be above 0: it keeps b away from zero.")
+        for name in ("low_rank_initializer_range", "recompute_error_bound", "recompute_drift_bound"):
+            if (value := getattr(self, name)) not in (None, "cola") and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0.")
         places = {n: p for index in range(self.num_hidden_layers) for n, p in self.positions(index).items()}  # type: ignore[attr-defined]
         for m in (place.mixture for place in places.values() if place.mixture is not None):
             if not 1 <= m.active <= m.experts:
@@ -232,10 +238,6 @@ class CrossLayerFields:
                     f"recompute_interval={self.recompute_interval} is outside 1..{layers}, the number "
                     "of layers; with the number of layers itself no state is kept in between."
                 )
-        for name in ("recompute_error_bound", "recompute_drift_bound"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0.")
 
     def _validate_ranks(self) -> None:
         for pattern in self.rank_pattern:

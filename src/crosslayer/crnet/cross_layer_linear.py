@@ -162,6 +162,19 @@ def row_product(row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vecdot(weight, row.reshape(1, -1)).view(*row.shape[:-1], -1)
 
 
+def starting_std(config, in_features: int, out_features: int, rank: int) -> float:
+    """Standard deviation of the numbers of A and of B where nothing is carried, as `low_rank_initializer_range` says.
+
+    The largest singular value of n x m numbers N(0, s^2) is near s (n^(1/2) + m^(1/2)). That of A times that of B is
+    the dense matrix's (our choice, with the measurement in docs/ablations.md).
+    """
+    of_dense = config.low_rank_initializer_range
+    if of_dense == "cola":
+        return ((in_features + out_features) * rank) ** -0.25
+    wide, high, low = in_features**0.5, out_features**0.5, rank**0.5
+    return ((of_dense or config.initializer_range) * (wide + high) / ((wide + low) * (high + low))) ** 0.5
+
+
 def build_linear(config, layer_idx: int, position: str) -> nn.Module:
     """The linear of one position: dense, low rank or cross-layer, as the configuration says."""
     place = config.places(layer_idx)[position]

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _grouped_linear
 
 from .block import CrossLayerBlock
-from .cross_layer_linear import GIVES_INCREMENT, b_of
+from .cross_layer_linear import GIVES_INCREMENT, b_of, starting_std
 from .functions import Attention
 
 
@@ -132,7 +132,7 @@ class MixtureModel:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        init_mixture(module, self.config.initializer_range)  # type: ignore[attr-defined]
+        init_mixture(module, self.config)  # type: ignore[attr-defined]
 
 
 def build_mixture(config, layer_idx: int, router: nn.Module, dense_experts: type[nn.Module]):
@@ -149,9 +149,10 @@ def build_mixture(config, layer_idx: int, router: nn.Module, dense_experts: type
 
 
 @torch.no_grad()
-def init_mixture(module: nn.Module, std: float) -> None:
+def init_mixture(module: nn.Module, config) -> None:
     """Routers and dense experts as transformers; low-rank ones as `_init_weights` does linears, B = 0 if they carry."""
     if isinstance(module, CrossLayerMixture):
+        std = config.initializer_range
         init.normal_(module.gate.weight, std=std)
         for buffer in module.gate.buffers():  # of DeepSeek's router: what balances its experts
             init.zeros_(buffer)
@@ -163,7 +164,7 @@ def init_mixture(module: nn.Module, std: float) -> None:
             return
         experts, width = module.experts, module.experts.down_A.shape[-1]
         hidden_size, rank = experts.down_B.shape[1], experts.rank
-        balanced = ((hidden_size + width) * rank) ** -0.25
+        balanced = starting_std(config, hidden_size, width, rank)
         init.normal_(experts.gate_up_A, std=balanced)
         init.normal_(experts.gate_up_B, std=balanced)
         if hasattr(module, "beta"):

@@ -26,7 +26,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from .block import CrossLayerBlock
-from .cross_layer_linear import CrossLayerLinear, LowRankLinear
+from .cross_layer_linear import CrossLayerLinear, LowRankLinear, starting_std
 from .drift import DriftMeter
 from .functions import Attention, CarriedOffsetRMSNorm, CarriedRMSNorm, carry_dtype, lengths_of_documents
 from .local_graph import Call
@@ -63,7 +63,7 @@ class CrossLayerPreTrainedModel(PreTrainedModel):
         | A of a cross-layer linear             | N(0, 1 / in)                                             |
         | B of a cross-layer linear             | 0: every layer starts as a copy of the one before        |
         | beta                                  | beta_init                                                |
-        | A, B without a carried output         | N(0, s^2), s = (in + out)^(-1/4) r^(-1/4) (CoLA's code)  |
+        | A, B without a carried output         | N(0, s^2), A B as large as a dense matrix: `starting_std`|
         | biases 0, norms 1 (0 where 1 is added)|                                                          |
 
         The paper's initialisation is not public; beta = 1 with B = 0 is our choice (docs/deviations.md).
@@ -76,8 +76,7 @@ class CrossLayerPreTrainedModel(PreTrainedModel):
             init.zeros_(module.B.weight)
             init.constant_(module.beta, module.beta_init)
         elif isinstance(module, LowRankLinear):
-            in_features, rank, out_features = module.A.in_features, module.A.out_features, module.B.out_features
-            std = ((in_features + out_features) * rank) ** -0.25
+            std = starting_std(self.config, module.A.in_features, module.B.out_features, module.A.out_features)
             init.normal_(module.A.weight, std=std)
             init.normal_(module.B.weight, std=std)
 

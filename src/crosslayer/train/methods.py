@@ -35,7 +35,7 @@ from ..ranges import (
     SHARE,
     Range,
     one_of,
-    or_auto,
+    or_text,
     out_of_range,
 )
 
@@ -55,8 +55,8 @@ RANGES = {
         lambda value: bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(map(bool, value)))),
     ),
     "share_A": GROUP_STARTS,
-    "max_fuses": or_auto(COUNT_OR_0),
-    "max_injections": or_auto(COUNT_OR_0),
+    "max_fuses": or_text("auto", COUNT_OR_0),
+    "max_injections": or_text("auto", COUNT_OR_0),
     "interval": COUNT,
     "interval_unit": one_of(("epochs", "steps")),
     "criterion": one_of(("sfs", "official", "mean_singular_value", "stable_rank", "alignment")),

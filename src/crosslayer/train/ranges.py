@@ -19,6 +19,7 @@ from ..ranges import (
     Range,
     one_of,
     only,
+    or_text,
     where,
     whole,
 )
@@ -98,6 +99,7 @@ MODEL = {
         SIZE,
     ),
     **dict.fromkeys(("initializer_range", "rms_norm_eps", "beta_epsilon"), ABOVE_0),
+    "low_rank_initializer_range": or_text("cola", ABOVE_0),
     "num_hidden_layers": whole(1, 2**14, "a whole number from 1 to 16384"),
     "attention_dropout": SHARE,
     "attn_implementation": one_of(ATTENTIONS),
