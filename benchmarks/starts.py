@@ -31,8 +31,8 @@ SMOKE_LENGTH = {**LENGTH, "max_steps": 8, "warmup_steps": 1, "block_size": 32, "
 TUNING_RUNS, BLOCKS = 14, 64
 
 FIELDS = {
+    "low_rank_initializer_range": (("cola", "low_rank"), (0.02, "cola", 0.01, 0.04)),
     "initializer_range": (("dense", "crnet"), (0.02, 0.01, 0.04)),
-    "low_rank_initializer_range": (("cola", "low_rank"), ("cola", 0.02, 0.01, 0.04)),
 }
 """Field -> (the methods that begin by it, its values)."""
 
