@@ -7,7 +7,7 @@ dense model, in the same order. The learning rates of each are searched by runs 
 compare` does it, from those found for CR-Net; then three seeds. The rank sweep does the same for 0.1 h to 0.48 h (from
 0.5 h on the factors of a square matrix are as large as it, and refused); its runs are those of `crosslayer pretrain`,
 whose logs hold b and gradient norms. Every run is a file in the work folder and every contender a section of the
-result, so that the script goes on where it stopped. About 7 hours of one core, 4 of them for the ablations; half of
+result, so that the script goes on where it stopped. About 6.5 hours of one core, 3.5 of them for the ablations; half of
 that with --workers 2.
 """
 
@@ -36,7 +36,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "b = 1, fixed": {"beta_trainable": False},
     "no carried term": {"carries": dict.fromkeys(POSITIONS, False)},
     "low-rank first layer": {"first_layer_rank": SHAPE["rank"]},
-    "low-rank first layer, equal parameters": {"first_layer_rank": None, "rank": None},  # `equal_rank` fills them in
     "ranks middle high, ends low": {"rank_pattern": {rf"layers\.{layer}\..*": r for layer, r in MIDDLE_HIGH.items()}},
     "dense": {"factorization": "dense"},
 }
@@ -91,8 +90,6 @@ def content_for(changes: dict[str, Any], base: dict[str, Any], rates: dict[str, 
     """The base with a contender's changes, its search to start at `rates`."""
     from crosslayer.compare.recipes import FACTORS
 
-    if "rank" in changes and changes["rank"] is None:
-        changes = dict.fromkeys(changes, equal_rank(base))
     content = {**base, "model": {**base["model"], **changes}}
     if changes.get("factorization") == "dense":
         del content["model"]["rank"]
