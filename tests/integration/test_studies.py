@@ -347,7 +347,7 @@ def test_stability(script, ablation_options, tmp_path, monkeypatch, capsys):
     assert json.loads(out.read_text())["sections"] == sections
 
 
-@pytest.mark.parametrize("name", ["first_layer", "stability"])
+@pytest.mark.parametrize("name", ["first_layer", "stability", "starts"])
 def test_tables_of_ablations_are_up_to_date(script, name):
     module, filled = script(name), script("page_tables").filled
     page = module.PAGE.read_text(encoding="utf-8")
