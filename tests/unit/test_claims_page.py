@@ -194,7 +194,7 @@ def comparison(**perplexities):
         name: {"perplexity": p, "losses": [p, p + 0.01, p + 0.02], "parameters_without_embeddings": 5}
         for name, p in perplexities.items()
     }
-    return lambda content: {"tokens": 9, "methods": methods}
+    return lambda content: {**content, "methods": methods}
 
 
 def ladder(ratios, mean=(1.0, 0.9, 1.1), doubling=(1.0, 0.9, 1.1), worse=0.0, tokens=20):
