@@ -134,3 +134,20 @@ def test_experts_of_any_rank(rank, dtype):
         losses.append((output, x.grad, experts.gate_up_A.grad))
     for found, expected in zip(*losses, strict=True):
         assert_close(found.float(), expected, dtype)
+
+
+@pytest.mark.parametrize("factorization", ["low_rank", "cross_layer"])
+def test_experts_start_as_large_as_dense_ones(factorization):
+    """Norms of A and B give that of a dense matrix; where the mixture carries, down starts as nothing."""
+    fields = {"hidden_size": 96, "moe_intermediate_size": 160, "rank": 24, "factorization": factorization}
+    fields |= {"initializer_range": 0.03}
+    case = MIXTURES["qwen3_moe_dense_first"]
+    torch.manual_seed(0)
+    model = case.causal_class(case.config(**fields))
+    experts = [module for module in model.modules() if isinstance(module, LowRankExperts)][-1]
+    expected = (0.03 * (96**0.5 + 160**0.5) / ((96**0.5 + 24**0.5) * (160**0.5 + 24**0.5))) ** 0.5
+    for factor in (experts.gate_up_A, experts.gate_up_B):
+        assert factor.std().item() == pytest.approx(expected, rel=0.03)
+    carries = factorization == "cross_layer"
+    assert (experts.down_B == 0).all().item() is carries
+    assert experts.down_A.std().item() == pytest.approx(160**-0.5 if carries else expected, rel=0.03)
